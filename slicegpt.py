@@ -1,0 +1,804 @@
+"""SliceGPT in one file: compress a language model by deleting rows and columns of its weights.
+
+Read it beside the paper: "SliceGPT: Compress Large Language Models by Deleting Rows and Columns" (Ashkboos, Croci,
+Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). The sections stand in the paper's order and bear
+its numbers, and every function names the equation, algorithm line or figure that it is. In three sentences:
+
+1. RMSNorm commutes with an orthogonal matrix Q, so the signal between a transformer's blocks may be kept in any rotated
+   basis, if the weights that write it are multiplied by Q and those that read it by Q^T (Theorem 1).
+2. In the basis of its principal components (Eq. 8) the signal needs fewer than D numbers per token, so the last columns
+   of the matrices that write it and the last rows of those that read it can be deleted (Eq. 9).
+3. Each block has principal components of its own, so the residual connection is multiplied by a *shortcut* matrix, which
+   takes the signal from the basis of one block into that of the next (Figure 4).
+
+The notation is the paper's: D embedding dimension, N sequence length, X (B, N, D) the *signal* between the blocks, here
+with a batch in front, Q (D, D) orthogonal. A Q of fewer columns, (D, d), stands for the paper's product of Q and the
+deletion matrix: to rotate by it is to slice. A weight W is (inputs, outputs) and multiplies from the right.
+
+    python slicegpt.py                                              # a small model trained on the spot, no network
+    python slicegpt.py --model facebook/opt-125m --sparsity 0.25    # WikiText-2, from the hub
+"""
+import argparse
+import hashlib
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+class SliceGPTError(ValueError):
+    """What a user can mend, said in one line."""
+
+
+# ---- Where an architecture keeps its parts: all that this file knows about any of them ------------------------------
+
+@dataclass(frozen=True)
+class Block:
+    """One attention or one FFN, Z = sigma(RMSNorm(X) W_in + b_in) W_out + b_out (section 2.1).
+
+    Paths inside a layer, separated by spaces: the norm in front, the modules that compute Z one after the other, all
+    matrices that read the normalised signal, and the matrix that writes Z.
+    """
+    norm: str
+    modules: str
+    W_in: str
+    W_out: str
+
+    def __call__(self, layer, X, *args, **kwargs):
+        """Z (B, N, D): Norm and line 4 of Algorithm 1. Masks, positions, caches and so on are for attention only."""
+        Z = layer.get_submodule(self.norm)(X)
+        for name in self.modules.split():
+            module = layer.get_submodule(name)
+            Z = module(Z, *args, **kwargs)[0] if "att" in name else module(Z)
+        return Z
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Paths inside a model: all embeddings that add into X, the list of layers, the last norm; and a layer's blocks."""
+    embeddings: str
+    layers: str
+    norm: str
+    attention: Block
+    ffn: Block
+    parallel: bool | str = False  # do attention and FFN read the same signal? Or the config's flag that says so
+    norm_offset: float = 0.0  # added to the stored scale of a norm
+
+
+LLAMA = Architecture(
+    "model.embed_tokens", "model.layers", "model.norm",
+    Block("input_layernorm", "self_attn", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"),
+    Block("post_attention_layernorm", "mlp", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"))
+
+ARCHITECTURES = {  # by the config's model_type
+    "opt": Architecture(
+        "model.decoder.embed_tokens model.decoder.embed_positions", "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        replace(LLAMA.attention, norm="self_attn_layer_norm", W_out="self_attn.out_proj"),
+        Block("final_layer_norm", "fc1 activation_fn fc2", "fc1", "fc2")),
+    "gpt2": Architecture(
+        "transformer.wte transformer.wpe", "transformer.h", "transformer.ln_f",
+        Block("ln_1", "attn", "attn.c_attn", "attn.c_proj"), Block("ln_2", "mlp", "mlp.c_fc", "mlp.c_proj")),
+    "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA,
+    "gemma": replace(LLAMA, norm_offset=1.0),
+    "phi": Architecture(
+        "model.embed_tokens", "model.layers", "model.final_layernorm",
+        replace(LLAMA.attention, W_out="self_attn.dense"),
+        Block("input_layernorm", "mlp", "mlp.fc1", "mlp.fc2"), parallel=True),
+    "phi3": replace(
+        LLAMA, attention=replace(LLAMA.attention, W_in="self_attn.qkv_proj"),
+        ffn=replace(LLAMA.ffn, W_in="mlp.gate_up_proj")),
+    "gpt_neox": Architecture(
+        "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm",
+        Block("input_layernorm", "attention", "attention.query_key_value", "attention.dense"),
+        Block("post_attention_layernorm", "mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), "use_parallel_residual"),
+}
+
+
+def architecture(config) -> Architecture:
+    """The row of the table for a Hugging Face config. Raises SliceGPTError, with the reason, if it cannot be sliced."""
+    reasons = {
+        "its weights are quantised: slice the original and quantise the result": "quantization_config",
+        "it is an encoder-decoder": "is_encoder_decoder", "it has cross-attention": "add_cross_attention",
+        "it is a mixture of experts": "num_experts num_local_experts n_routed_experts moe_num_experts",
+    }
+    found = [why for why, flags in reasons.items() if any(getattr(config, flag, None) for flag in flags.split())]
+    if not getattr(config, "do_layer_norm_before", True) or getattr(config, "_remove_final_layer_norm", False):
+        found.append("it normalises behind its blocks (post-norm), and such a signal cannot be rotated")
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        found.append("its embedding is projected")
+    if config.model_type not in ARCHITECTURES:
+        found.append("its architecture is not known here")
+    if found:
+        raise SliceGPTError(f"cannot slice a {config.model_type} model like this: {', and '.join(found)}. "
+                            f"Can be sliced: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[config.model_type]
+
+
+def layers(model) -> nn.ModuleList:
+    return model.get_submodule(architecture(model.config).layers)
+
+
+def stages(model) -> list[tuple[str, list[Block]]]:
+    """A layer's ways from one signal to the next: the name of the shortcut, and the blocks that add to what it carries.
+
+    Attention and then FFN in a sequential layer; both in one stage in a parallel layer.
+    """
+    parts = architecture(model.config)
+    if parts.parallel is True or parts.parallel and getattr(model.config, parts.parallel):
+        return [("shortcut", [parts.attention, parts.ffn])]
+    return [("attention_shortcut", [parts.attention]), ("mlp_shortcut", [parts.ffn])]
+
+
+def submodules(module, paths: str) -> list[nn.Module]:
+    return [module.get_submodule(path) for path in paths.split()]
+
+
+def matrix(linear) -> Tensor:
+    """W (inputs, outputs) in float64, of a torch.nn.Linear, which stores its transpose, or of GPT-2's Conv1D."""
+    W = linear.weight.detach().double()
+    return W if isinstance(linear, Conv1D) else W.T
+
+
+def set_matrix(linear, W: Tensor, bias: Tensor | None):
+    """The inverse of `matrix`, and a bias (outputs): of any shape, stored in the dtype of the old weight."""
+    if isinstance(linear, Conv1D):
+        linear.nx, linear.nf = W.shape
+    else:
+        linear.in_features, linear.out_features = W.shape
+        W = W.T
+    linear.bias = None if bias is None else parameter(bias, linear.weight)
+    linear.weight = parameter(W, linear.weight)
+
+
+def set_table(embedding, W: Tensor):
+    """Replaces the table (entries, D) of an embedding."""
+    embedding.embedding_dim = W.shape[1]
+    embedding.weight = parameter(W, embedding.weight)
+
+
+def parameter(W: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(W.detach().to(like.dtype, copy=True).contiguous(), requires_grad=like.requires_grad)
+
+
+# ---- Figure 4: the block of a sliced network ------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / sqrt(|x|^2 / D + eps): the RMSNorm of Eq. 1 with its sqrt(D); the scale has gone into the weights (3.2).
+
+    D is the *dense* dimension, whatever the width d of X (..., d): what slicing deleted counts as zero.
+    """
+
+    def __init__(self, D: int, eps: float):
+        super().__init__()
+        self.D, self.eps = D, eps
+
+    def forward(self, X):
+        share = X.shape[-1] / self.D  # torch takes the mean over d
+        return F.rms_norm(X, X.shape[-1:], eps=self.eps / share) / math.sqrt(share)
+
+    def extra_repr(self):
+        return f"D={self.D}, eps={self.eps}"
+
+
+class SlicedLayer:
+    """Figure 4: a Hugging Face layer with a matrix, the shortcut Q_{l-1}^T Q_l, in each residual connection.
+
+    A mixin in front of the layer's own class, which goes on doing all the rest. Dropout between the blocks, which acts in
+    training only, is left out: it belongs to coordinates that are gone.
+    """
+
+    def forward(self, X, *args, **kwargs):
+        for shortcut, blocks in self.stages:
+            X = X @ getattr(self, shortcut) + sum(block(self, X, *args, **kwargs) for block in blocks)
+        return X
+
+
+def set_shortcut(model, layer, stage, Q_in: Tensor, Q_out: Tensor):
+    """Figure 4: gives a stage its shortcut Q_in^T Q_out (d_in, d_out), or rotates the one that it has."""
+    name = stage[0]
+    if not isinstance(layer, SlicedLayer):
+        layer.stages = stages(model)
+        # under the old name, by which accelerate's device maps know what must not be split
+        layer.__class__ = type(type(layer).__name__, (SlicedLayer, type(layer)), {"__module__": __name__})
+    S = getattr(layer, name).double() if hasattr(layer, name) else torch.eye(len(Q_in), device=Q_in.device).double()
+    setattr(layer, name, nn.Parameter((Q_in.T @ S @ Q_out).to(model.dtype)))
+
+
+class SlicedForCausalLM:
+    """A Hugging Face causal language model that is fused, and perhaps rotated or sliced; a mixin like SlicedLayer.
+
+    `config.slicegpt` has its shape: `dimensions`, of the signal after the embedding and after every stage, and whether
+    there are `shortcuts`. A saved model's `auto_map` names this class, for AutoModelForCausalLM.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        shape = config.slicegpt
+        super().__init__(config, *args, **kwargs)
+        fuse(self)  # transformers builds models without data, on the meta device: these lines only set shapes
+        Q = [torch.eye(config.hidden_size, d) for d in shape["dimensions"]]
+        rotate(self, Q if shape["shortcuts"] else Q[0])
+
+    @classmethod
+    def mixed_into(cls, base: type) -> type:
+        return type("SlicedForCausalLM", (SlicedForCausalLM, base), {"__module__": __name__})
+
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, **kwargs):
+        """Hugging Face's own from_pretrained, of the class that goes with the config."""
+        config = config or AutoConfig.from_pretrained(path)
+        if not issubclass(cls, PreTrainedModel):
+            cls = cls.mixed_into(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        return super(SlicedForCausalLM, cls).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class):
+        """Called by AutoModelForCausalLM: who loads a sliced model and saves it again gets this file with it."""
+        cls._auto_class = auto_class.__name__
+
+
+# ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def fuse(model):
+    """Section 3.2, Figure 3: makes every norm a scale-free RMSNorm, in place; the network computes what it did.
+
+    diag(alpha) and beta of a norm go into the matrices that read it, W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in,
+    the last norm's into the head. If the norm is a LayerNorm, M = I - 1 1^T / D, which subtracts the mean, goes into all
+    that writes the signal: W_embd <- W_embd M, W_out <- W_out M, b_out <- b_out M. A head tied to the embedding gets a
+    matrix of its own, as the two now differ. Arithmetic is in float64. A fused model stays as it is. Raises SliceGPTError
+    if the architecture is not supported.
+    """
+    parts, D, head = architecture(model.config), model.config.hidden_size, model.get_output_embeddings()
+    last_norm, embeddings = model.get_submodule(parts.norm), submodules(model, parts.embeddings)
+    if isinstance(last_norm, RMSNorm):
+        return
+    head.weight = parameter(head.weight, like=head.weight)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
+
+    def without_mean(W):  # W M
+        return W if W is None or not isinstance(last_norm, nn.LayerNorm) else W.double() - W.double().mean(-1, True)
+
+    def fuse_norm(norm, readers):
+        for linear in readers:
+            W, bias = matrix(linear), linear.bias
+            if getattr(norm, "bias", None) is not None:
+                bias = norm.bias.double() @ W + (0 if bias is None else bias)
+            if norm.weight is not None:
+                W = (norm.weight.double() + parts.norm_offset)[:, None] * W
+            set_matrix(linear, W, bias)
+
+    def plain(norm):
+        return RMSNorm(D, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+
+    for embedding in embeddings:
+        set_table(embedding, without_mean(embedding.weight))
+    for layer in layers(model):
+        blocks = [block for _, blocks in stages(model) for block in blocks]
+        for block in blocks:
+            fuse_norm(layer.get_submodule(block.norm), submodules(layer, block.W_in))
+            W_out = layer.get_submodule(block.W_out)
+            set_matrix(W_out, without_mean(matrix(W_out)), without_mean(W_out.bias))
+        for name in {block.norm for block in blocks}:  # after both blocks, which share one norm in Phi-2
+            layer.set_submodule(name, plain(layer.get_submodule(name)))
+    fuse_norm(last_norm, [head])
+    model.set_submodule(parts.norm, plain(last_norm))
+
+    signals = 1 + len(layers(model)) * len(stages(model))
+    model.config.slicegpt = {"dimensions": [D] * signals, "shortcuts": False}
+    model.config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
+    if not isinstance(model, SlicedForCausalLM):
+        model.__class__ = SlicedForCausalLM.mixed_into(type(model))
+
+
+# ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def rotate(model, Q: Tensor | list[Tensor]):
+    """Theorem 1 and Figure 4: rotates the signal, in place; for orthogonal Q the network computes what it did.
+
+    Q: one (D, D) matrix for the whole network (Theorem 1), or a list, one for the embedding and one for the signal after
+    every stage: 2L+1 for sequential, L+1 for parallel layers (Figure 4, with shortcuts). A Q of fewer columns slices too
+    (Eq. 9). Fuses the model first if need be. Arithmetic is in float64. Raises SliceGPTError for a wrong number or shape.
+    """
+    fuse(model)
+    shape = model.config.slicegpt
+    shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
+    Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
+    if [len(Q) for Q in Qs] != shape["dimensions"]:
+        raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows, not {[len(Q) for Q in Qs]}")
+    Qs = [Q.to(model.device, torch.float64) for Q in Qs]
+    rotate_embeddings(model, Qs[0])
+    pairs = zip(Qs, Qs[1:])
+    for layer in layers(model):
+        for stage in stages(model):
+            Q_in, Q_out = next(pairs)
+            rotate_in(layer, stage, Q_in)
+            rotate_out(layer, stage, Q_out)
+            if shortcuts:
+                set_shortcut(model, layer, stage, Q_in, Q_out)
+    rotate_head(model, Qs[-1])
+    model.config.slicegpt = {"dimensions": [Q.shape[1] for Q in Qs], "shortcuts": shortcuts}
+
+
+def rotate_embeddings(model, Q):
+    """Eq. 3: W_embd <- W_embd Q, for every table that adds into the signal."""
+    for embedding in submodules(model, architecture(model.config).embeddings):
+        set_table(embedding, embedding.weight.double() @ Q)
+
+
+def rotate_in(layer, stage, Q):
+    """Eq. 4: W_in <- Q^T W_in. b_in stays."""
+    for block in stage[1]:
+        for linear in submodules(layer, block.W_in):
+            set_matrix(linear, Q.T @ matrix(linear), linear.bias)
+
+
+def rotate_out(layer, stage, Q):
+    """Eq. 5 and 6: W_out <- W_out Q, b_out <- Q^T b_out."""
+    for block in stage[1]:
+        linear = layer.get_submodule(block.W_out)
+        set_matrix(linear, matrix(linear) @ Q, None if linear.bias is None else linear.bias.double() @ Q)
+
+
+def rotate_head(model, Q):
+    """Eq. 7: W_head <- Q^T W_head. b_head stays."""
+    head = model.get_output_embeddings()
+    set_matrix(head, Q.T @ matrix(head), head.bias)
+
+
+# ---- 3.3 A transformation per block, and 3.4 Slicing ----------------------------------------------------------------
+
+def covariance(X: Tensor) -> Tensor:
+    """Eq. 8, one term: X^T X (D, D) in float64, multiplied in the precision of X (B, N, D), but at least in float32."""
+    X = at_least_float32(X.flatten(0, -2))
+    return (X.T @ X).double()
+
+
+def at_least_float32(X: Tensor) -> Tensor:
+    return X if X.dtype == torch.float64 else X.float()
+
+
+def pca(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Section 3.3: eigenvalues (D,) of a covariance C (D, D), largest first, and the eigenvectors, the columns of Q (D, D).
+
+    In double precision, as the paper asks for (appendix A.2).
+    """
+    eigenvalues, Q = torch.linalg.eigh(C.double())
+    return eigenvalues.flip(0), Q.flip(1)
+
+
+def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
+    """(1 - sparsity) D, rounded down to a multiple of `round_to`; D itself for sparsity 0. Raises if nothing is left."""
+    if not 0 <= sparsity < 1:
+        raise SliceGPTError(f"sparsity must be at least 0 and below 1, not {sparsity}")
+    d = int((1 - sparsity) * D + 1e-6) // round_to * round_to if sparsity else D
+    if d == 0:
+        raise SliceGPTError(f"sparsity {sparsity} leaves none of the {D} dimensions (in multiples of {round_to})")
+    return d
+
+
+def embed(model, tokens: Tensor) -> tuple[Tensor, list]:
+    """Algorithm 1, line 1: the first signal X (B, N, D) of `tokens` (B, N), and what else each layer is called with.
+
+    The model's own forward runs, while its layers hand on what they get and note it: masks, positions and the like.
+    """
+    calls = []
+
+    def forward(X, *args, **kwargs):
+        calls.append((X, args, kwargs))
+        return X
+
+    for layer in layers(model):
+        layer.forward = forward
+    try:
+        model.base_model(tokens.to(model.device), use_cache=False)
+    finally:
+        for layer in layers(model):
+            del layer.forward
+    return calls[0][0], [(args, kwargs) for _, args, kwargs in calls]
+
+
+@torch.no_grad()
+def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, round_to: int = 8, signal: str = "input",
+                slice_head: bool = True, batch_size: int = 8, device=None):
+    """Sections 3.3 and 3.4: slices a model in place and returns it. Fuses it if need be, and sets it to eval mode.
+
+    One sweep over the layers, in which every block runs once: on the output of the blocks before it as slicing has left
+    them, and into all D dimensions, from which comes the Q of the next block (Eq. 8) by which its output is then sliced.
+
+    calibration: tokens (samples, seqlen), int64. The signal gets `sliced_dimension(D, sparsity, round_to)` dimensions, but
+    keeps D in front of the head if not `slice_head`. signal: the side of the RMSNorm that Eq. 8 looks at, "input" (the
+    authors' code) or "output" (the paper's text). device: where to compute, with one layer there at a time; by default
+    where the model is. Raises SliceGPTError for bad arguments, and for a signal that is not finite (the model is then lost).
+    """
+    D, device = model.config.hidden_size, torch.device(device or model.device)
+    d = sliced_dimension(D, sparsity, round_to)
+    check_length(model.config, calibration.shape[1])
+    fuse(model.eval())
+    dimensions, shortcuts = model.config.slicegpt.values()
+    if shortcuts or min(dimensions) < D:
+        raise SliceGPTError(f"this model is sliced already: {min(dimensions)} of {D} dimensions")
+    dimensions = [d] * (len(dimensions) - 1) + [d if slice_head else D]
+    widths = iter(dimensions)
+    observe = model.get_submodule(architecture(model.config).norm) if signal == "output" else nn.Identity()
+
+    def principal_components(C, where) -> Tensor:  # (D, d)
+        if not C.isfinite().all():
+            raise SliceGPTError(f"the signal is not finite after {where}; {model.dtype} may be too narrow for this model, "
+                                "try --dtype float32")
+        return pca(C)[1][:, :next(widths)]
+
+    _, arguments = embed(model, calibration[:1])  # of one sequence, since they are the same for all
+    X = [wait(embed(model, batch)[0]) for batch in calibration.split(batch_size)]
+    Q = principal_components(sum(covariance(observe(x.to(device))) for x in X), "the embedding")
+    rotate_embeddings(model, Q.to(model.device))
+    for number, layer in enumerate(progress(layers(model), "slicing", "layer")):
+        home = next(layer.parameters()).device
+        layer.to(device)
+        args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, arguments[number])
+        for stage in stages(model):
+            name, blocks = stage
+            rotate_in(layer, stage, Q)
+            QD, C = Q.to(model.dtype), 0
+            for i, x in enumerate(X):
+                Z = x.to(device, non_blocking=True) @ QD  # Eq. 9: (B, N, d)
+                x = Z @ QD.T + sum(block(layer, Z, *args, **kwargs) for block in blocks)  # Algorithm 1, line 5: (B, N, D)
+                C = C + covariance(observe(x))  # Eq. 8
+                X[i] = wait(x)
+            Q_next = principal_components(C, f"layer {number}, {name.removesuffix('_shortcut')}")
+            rotate_out(layer, stage, Q_next)
+            set_shortcut(model, layer, stage, Q, Q_next)
+            Q = Q_next
+        layer.to(home)
+    rotate_head(model, Q.to(model.device))
+    model.config.slicegpt = {"dimensions": dimensions, "shortcuts": True}
+    return model
+
+
+def wait(X: Tensor) -> Tensor:
+    """Where a signal waits for the next block: in the CPU's memory, pinned if an accelerator will fetch it."""
+    return X.cpu().pin_memory() if X.is_cuda else X
+
+
+def check_length(config, seqlen: int):
+    longest = getattr(config, "max_position_embeddings", None) or seqlen
+    if seqlen > longest:
+        raise SliceGPTError(f"sequences of {seqlen} tokens are longer than the model's {longest} positions")
+
+
+def progress(items, description: str, unit: str):
+    """A bar for what takes more than two seconds; where it cannot move, as in a log, seldom redrawn."""
+    return tqdm(items, description, unit=unit, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
+
+
+# ---- 4 Experiments: texts, perplexity, generation -------------------------------------------------------------------
+
+HUB_TEXTS = {  # name: data set, configuration, split to calibrate on, split to evaluate on
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
+    "alpaca": ("tatsu-lab/alpaca", None, "train[:80%]", "train[90%:]"),
+}
+
+
+def read_text(name: str, evaluation: bool) -> str:
+    """A text to calibrate on, or the one to evaluate on: wikitext2, alpaca, pydoc, or the path of a UTF-8 text file.
+
+    pydoc is the language reference that ships with CPython; every tenth of its topics is kept for evaluation.
+    """
+    if name == "pydoc":
+        topics = importlib.import_module("pydoc_data.topics").topics
+        return "\n\n".join(topics[key] for i, key in enumerate(sorted(topics)) if (i % 10 == 0) == evaluation)
+    try:
+        if name not in HUB_TEXTS:
+            return Path(name).read_text(encoding="utf-8")
+        path, configuration, *splits = HUB_TEXTS[name]
+        return "\n\n".join(optional("datasets").load_dataset(path, configuration, split=splits[evaluation])["text"])
+    except UnicodeDecodeError as error:
+        raise SliceGPTError(f"{name} is not a UTF-8 text: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "without a network, name a text file or pydoc" if name in HUB_TEXTS else \
+            f"besides files there are {', '.join(HUB_TEXTS)} and pydoc"
+        raise SliceGPTError(f"cannot read the text {name}: {first_line(error)}; {hint}") from error
+
+
+def tokenize(tokenizer, text: str, seqlen: int, samples: int | None = None, seed: int | None = None) -> Tensor:
+    """A text in pieces, tokens (samples, seqlen), int64: all or the first of them, or random ones under a seed."""
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    pieces = len(tokens) // seqlen
+    if pieces == 0:
+        raise SliceGPTError(f"the text has only {len(tokens)} tokens, too few for one sequence of {seqlen}")
+    order = torch.arange(pieces)
+    if seed is not None:
+        order = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))
+    return tokens[:pieces * seqlen].view(pieces, seqlen)[order[:samples]]
+
+
+@torch.no_grad()
+def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None) -> float:
+    """Section 4: exp of the mean negative log likelihood, in nats, of all tokens (samples, seqlen) but each first one.
+
+    batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
+    """
+    total = 0.0
+    for batch in progress(tokens.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", "batch"):
+        batch = batch.to(device or model.device)
+        logits = at_least_float32(model(batch, use_cache=False).logits[:, :-1].flatten(0, 1))
+        total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / tokens[:, 1:].numel())
+
+
+def generate(model, tokenizer, prompt: str, device=None) -> str:
+    """The prompt, continued by 40 tokens, each the likeliest."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(device or model.device)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def parameters(model) -> int:
+    """The number of parameters, each tensor counted once: a head tied to the embedding is no second matrix."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---- Load and save --------------------------------------------------------------------------------------------------
+
+def load(name, dtype="auto", device="cpu"):
+    """(model, tokenizer) of a hub id, a local directory, one that `save` wrote, a .gguf file, or "demo".
+
+    dtype: a torch.dtype, or "auto" for the checkpoint's own. Raises SliceGPTError if there is no such model, and, before
+    its weights are read, if it cannot be sliced.
+    """
+    path, options = str(name), {}
+    if path == "demo":
+        path = str(demo())
+    elif path.endswith(".gguf") and os.path.isfile(path):
+        optional("gguf")
+        path, options = os.path.dirname(path) or ".", {"gguf_file": os.path.basename(path)}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        architecture(config)
+        auto = SlicedForCausalLM if hasattr(config, "slicegpt") else AutoModelForCausalLM
+        model = auto.from_pretrained(path, dtype=dtype, **options).to(device)
+        return model, AutoTokenizer.from_pretrained(path, **options)
+    except SliceGPTError:
+        raise
+    except Exception as error:  # files from elsewhere can be wrong in many ways
+        reason = first_line(error)
+        if "connect" in reason.lower() and not os.path.exists(path):
+            reason = "it is not a local path, and the hub cannot be reached; use a local directory, or --model demo"
+        raise SliceGPTError(f"cannot load {name}: {reason}") from error
+
+
+def save(model, tokenizer, path):
+    """Writes a directory that `load` reads back bit for bit, as does AutoModelForCausalLM with trust_remote_code=True.
+
+    It has Hugging Face's files and a copy of this one, and gets its name only when it is complete. Raises SliceGPTError
+    if there is something at `path`.
+    """
+    path = Path(path)
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if isinstance(model, SlicedForCausalLM):
+            shutil.copyfile(__file__, unfinished / "slicegpt.py")
+        unfinished.replace(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_free(path: Path):
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise SliceGPTError(f"cannot save to {path}: it exists and is not an empty directory")
+
+
+def optional(package: str):
+    """A package that only some uses need. (transformers asks whoever loads a model for all that `import` names.)"""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise SliceGPTError(f"this needs the package {package}: pip install {package}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def demo() -> Path:
+    """The directory of the model that needs no network: a small OPT, trained on pydoc when first asked for."""
+    text = read_text("pydoc", evaluation=False)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "slicegpt")
+    path = cache / f"demo-{hashlib.sha256(text.encode()).hexdigest()[:8]}"  # the text is another in each Python
+    if path.exists():
+        return path
+    bpe = importlib.import_module("tokenizers").ByteLevelBPETokenizer()
+    bpe.train_from_iterator(text.splitlines(True), vocab_size=1024, special_tokens=["</s>"], show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>")
+    tokens, steps = tokenize(tokenizer, text, seqlen=256), 400
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(transformers.OPTConfig(
+            vocab_size=1024, hidden_size=128, word_embed_proj_dim=128, num_hidden_layers=4, num_attention_heads=4,
+            ffn_dim=512, max_position_embeddings=256, pad_token_id=0, bos_token_id=0, eos_token_id=0))
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        for _ in progress(range(steps), "training the demo model, this once", "step"):
+            batch = tokens[torch.randint(len(tokens), (8,))]
+            model(batch, labels=batch).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    save(model.eval(), tokenizer, path)
+    return path
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise SliceGPTError(f"{message} (--help lists the options)")
+
+
+def parse_arguments(argv):
+    parser = Parser("slicegpt.py", description="Slice a language model (SliceGPT, arXiv 2401.15024) and measure the result.")
+
+    def at_least(least):
+        def number(text):
+            if int(text) < least:
+                raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+            return int(text)
+        return number
+
+    add = parser.add_argument
+    add("--model", default="demo", help="hub id, directory, .gguf file, directory saved by this program, or demo, a small "
+        "model that is trained on the spot and needs no network (default: %(default)s)")
+    add("--sparsity", type=float, help="share of the embedding dimension to delete (default: 0.25)")
+    add("--calibration", metavar="TEXT", help="wikitext2, alpaca, pydoc (Python's language reference), or the path of a "
+        "UTF-8 text file (default: wikitext2; pydoc for the demo model)")
+    add("--eval", metavar="TEXT", help="what perplexity is measured on; as --calibration")
+    add("--samples", type=at_least(1), default=128, help="calibration sequences (default: %(default)s)")
+    add("--eval-samples", type=at_least(1), help="evaluation sequences (default: all of the text)")
+    add("--seqlen", type=at_least(2), help="tokens per sequence (default: 2048, or as many as the model has positions)")
+    add("--batch-size", type=at_least(1), default=8, help="calibration sequences at a time (default: %(default)s)")
+    add("--round-to", type=at_least(1), default=8, help="make the dimension a multiple of this (default: %(default)s)")
+    add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="default: float32 on a CPU, else the model's")
+    add("--device", help="default: cuda if there is one, else cpu; what does not fit there visits it layer by layer")
+    add("--seed", type=int, default=0, help="chooses the calibration sequences (default: %(default)s)")
+    add("--pca", choices=["input", "output"], default="input", help="principal components of the RMSNorm's input, as in the "
+        "authors' code, or of its output, as in the paper's text (default: %(default)s)")
+    add("--slice-head", action=argparse.BooleanOptionalAction, default=True, help="slice the head's input (default) or not")
+    add("--prompt", default="The", help="text for the models to continue (default: %(default)s)")
+    add("--save", metavar="DIR", type=Path, help="write the sliced model here")
+    add("--report", metavar="FILE.json", type=Path, help="write the figures here")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    """The program: load, measure, slice, measure again, print, save. What can be checked early is checked first."""
+    text = "pydoc" if args.model == "demo" else "wikitext2"
+    args.calibration, args.eval = args.calibration or text, args.eval or text
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for evaluation, name in enumerate((args.calibration, args.eval)):
+        if name not in HUB_TEXTS:
+            read_text(name, bool(evaluation))
+    if args.sparsity is not None:
+        sliced_dimension(2**30, args.sparsity)
+    if args.save:
+        check_free(args.save)
+    if args.report and not args.report.parent.is_dir():
+        raise SliceGPTError(f"cannot write {args.report}: there is no directory {args.report.parent}")
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model, tokenizer = load(args.model, getattr(torch, args.dtype) if args.dtype else dtype)
+    config, D = model.config, model.config.hidden_size
+    args.seqlen = args.seqlen or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
+    check_length(config, args.seqlen)
+    evaluation = tokenize(tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
+    report, figures = vars(args) | {"dimension": D, "eval_samples": len(evaluation), "device": str(device)}, {}
+
+    def measure() -> dict:
+        with placed(model, device):
+            return {"parameters": parameters(model), "perplexity": perplexity(model, evaluation, device=device),
+                    "text": generate(model, tokenizer, args.prompt, device)}
+
+    if not hasattr(config, "slicegpt"):
+        report["sparsity"] = 0.25 if args.sparsity is None else args.sparsity
+        sliced_dimension(D, report["sparsity"], args.round_to)
+        calibration = tokenize(tokenizer, read_text(args.calibration, False), args.seqlen, args.samples, args.seed)
+        figures["dense"] = measure()
+        start = time.perf_counter()
+        slice_model(model, calibration, report["sparsity"], round_to=args.round_to, signal=args.pca,
+                    slice_head=args.slice_head, batch_size=args.batch_size, device=device)
+        report |= {"slice_seconds": time.perf_counter() - start, "samples": len(calibration)}
+    elif args.sparsity is not None:
+        raise SliceGPTError(f"{args.model} is sliced already; leave out --sparsity to measure it as it is")
+    figures["sliced"] = measure()
+    report |= {"sliced_dimension": config.slicegpt["dimensions"][0], "peak_memory_bytes": peak_memory(device)}
+    report |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
+    print_report(report, figures)
+    if args.save:
+        save(model, tokenizer, args.save)
+        print(f"\nsaved to {args.save}")
+    if args.report:
+        args.report.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def print_report(report: dict, figures: dict):
+    """The figures, a column for each model, and under them what the two models wrote, side by side."""
+    print(f"\n{report['model']}")
+    for title, cells in {
+        "": figures,
+        "embedding dimension": [report["dimension" if name == "dense" else "sliced_dimension"] for name in figures],
+        "parameters": [f"{column['parameters']:,}" for column in figures.values()],
+        "perplexity": [f"{column['perplexity']:.2f}" for column in figures.values()],
+    }.items():
+        print(f"  {title:20}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"  perplexity on {report['eval_samples']} x {report['seqlen']} tokens of {report['eval']}")
+    if "slice_seconds" in report:
+        print(f"  sliced in {report['slice_seconds']:.1f} s, with {report['samples']} x {report['seqlen']} tokens of "
+              f"{report['calibration']}")
+    print(f"  peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB\n")
+    for lines in zip_longest(*(textwrap.wrap(f"{name}: {column['text']}", 56) for name, column in figures.items()),
+                             fillvalue=""):
+        print("  " + " | ".join(f"{line:56}" for line in lines).rstrip())
+
+
+@contextmanager
+def placed(model, device):
+    """The model on `device`, for good if it fits there; else its weights come and go as they are needed (accelerate)."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]:
+        yield model.to(device)
+        return
+    accelerate = optional("accelerate")
+    accelerate.cpu_offload(model, device)
+    try:
+        yield model
+    finally:
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+
+
+def peak_memory(device) -> int:
+    """The most bytes in use so far, on the accelerator, or else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resource = importlib.import_module("resource")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(argv=None) -> int:
+    """The exit code: 0, or 2 after one line on standard error for what the user can mend."""
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        run(parse_arguments(argv))
+    except SliceGPTError as error:
+        print(f"slicegpt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
