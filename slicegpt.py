@@ -575,9 +575,12 @@ def load(name, dtype="auto", device="cpu"):
     try:
         config = AutoConfig.from_pretrained(path, **options)
         architecture(config)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
         auto = SlicedForCausalLM if hasattr(config, "slicegpt") else AutoModelForCausalLM
-        model = auto.from_pretrained(path, dtype=dtype, **options).to(device)
-        return model, AutoTokenizer.from_pretrained(path, **options)
+        if options:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = auto.from_pretrained(path, dtype=dtype, **options)
+        return model.to(device), tokenizer
     except SliceGPTError:
         raise
     except Exception as error:  # files from elsewhere can be wrong in many ways
