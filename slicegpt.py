@@ -62,13 +62,26 @@ class Block:
     W_in: str
     W_out: str
 
-    def __call__(self, layer, X, *args, **kwargs):
-        """Z (B, N, D): Norm and line 4 of Algorithm 1. Masks, positions, caches and so on are for attention only."""
-        Z = layer.get_submodule(self.norm)(X)
+    def __call__(self, layer, Z, *args, **kwargs):
+        """Algorithm 1, line 4, for a normalised signal. Masks, positions, caches and the like are for attention only."""
         for name in self.modules.split():
             module = layer.get_submodule(name)
             Z = module(Z, *args, **kwargs)[0] if "att" in name else module(Z)
         return Z
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A layer's way from one signal to the next: blocks that read the same signal, and the name of their shortcut."""
+    shortcut: str
+    blocks: tuple[Block, ...]
+
+    def __call__(self, layer, X, residual, *args, **kwargs):
+        """Algorithm 1, lines 4 and 5: `residual` + Z, where every block's Z is computed from RMSNorm(X)."""
+        normalised = layer.get_submodule(self.blocks[0].norm)(X)  # without its scale, the norm of each block is the same
+        for block in self.blocks:
+            residual = residual + block(layer, normalised, *args, **kwargs)
+        return residual
 
 
 @dataclass(frozen=True)
@@ -137,15 +150,12 @@ def layers(model) -> nn.ModuleList:
     return model.get_submodule(architecture(model.config).layers)
 
 
-def stages(model) -> list[tuple[str, list[Block]]]:
-    """A layer's ways from one signal to the next: the name of the shortcut, and the blocks that add to what it carries.
-
-    Attention and then FFN in a sequential layer; both in one stage in a parallel layer.
-    """
+def stages(model) -> list[Stage]:
+    """The stages of each layer: attention and then FFN, or both at once in a parallel layer."""
     parts = architecture(model.config)
     if parts.parallel is True or parts.parallel and getattr(model.config, parts.parallel):
-        return [("shortcut", [parts.attention, parts.ffn])]
-    return [("attention_shortcut", [parts.attention]), ("mlp_shortcut", [parts.ffn])]
+        return [Stage("shortcut", (parts.attention, parts.ffn))]
+    return [Stage("attention_shortcut", (parts.attention,)), Stage("mlp_shortcut", (parts.ffn,))]
 
 
 def submodules(module, paths: str) -> list[nn.Module]:
@@ -207,14 +217,14 @@ class SlicedLayer:
     """
 
     def forward(self, X, *args, **kwargs):
-        for shortcut, blocks in self.stages:
-            X = X @ getattr(self, shortcut) + sum(block(self, X, *args, **kwargs) for block in blocks)
+        for stage in self.stages:
+            X = stage(self, X, X @ getattr(self, stage.shortcut), *args, **kwargs)
         return X
 
 
 def set_shortcut(model, layer, stage, Q_in: Tensor, Q_out: Tensor):
     """Figure 4: gives a stage its shortcut Q_in^T Q_out (d_in, d_out), or rotates the one that it has."""
-    name = stage[0]
+    name = stage.shortcut
     if not isinstance(layer, SlicedLayer):
         layer.stages = stages(model)
         # under the old name, by which accelerate's device maps know what must not be split
@@ -293,7 +303,7 @@ def fuse(model):
     for embedding in embeddings:
         set_table(embedding, without_mean(embedding.weight))
     for layer in layers(model):
-        blocks = [block for _, blocks in stages(model) for block in blocks]
+        blocks = [block for stage in stages(model) for block in stage.blocks]
         for block in blocks:
             fuse_norm(layer.get_submodule(block.norm), submodules(layer, block.W_in))
             W_out = layer.get_submodule(block.W_out)
@@ -348,14 +358,14 @@ def rotate_embeddings(model, Q):
 
 def rotate_in(layer, stage, Q):
     """Eq. 4: W_in <- Q^T W_in. b_in stays."""
-    for block in stage[1]:
+    for block in stage.blocks:
         for linear in submodules(layer, block.W_in):
             set_matrix(linear, Q.T @ matrix(linear), linear.bias)
 
 
 def rotate_out(layer, stage, Q):
     """Eq. 5 and 6: W_out <- W_out Q, b_out <- Q^T b_out."""
-    for block in stage[1]:
+    for block in stage.blocks:
         linear = layer.get_submodule(block.W_out)
         set_matrix(linear, matrix(linear) @ Q, None if linear.bias is None else linear.bias.double() @ Q)
 
@@ -452,20 +462,19 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, round_to:
     X = [wait(embed(model, batch)[0]) for batch in calibration.split(batch_size)]
     Q = principal_components(sum(covariance(observe(x.to(device))) for x in X), "the embedding")
     rotate_embeddings(model, Q.to(model.device))
-    for number, layer in enumerate(progress(layers(model), "slicing", "layer")):
+    for number, layer in enumerate(progress(layers(model), "slicing", unit="layer")):
         home = next(layer.parameters()).device
         layer.to(device)
         args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, arguments[number])
         for stage in stages(model):
-            name, blocks = stage
             rotate_in(layer, stage, Q)
             QD, C = Q.to(model.dtype), 0
             for i, x in enumerate(X):
                 Z = x.to(device, non_blocking=True) @ QD  # Eq. 9: (B, N, d)
-                x = Z @ QD.T + sum(block(layer, Z, *args, **kwargs) for block in blocks)  # Algorithm 1, line 5: (B, N, D)
+                x = stage(layer, Z, Z @ QD.T, *args, **kwargs)  # Algorithm 1, line 5: (B, N, D)
                 C = C + covariance(observe(x))  # Eq. 8
                 X[i] = wait(x)
-            Q_next = principal_components(C, f"layer {number}, {name.removesuffix('_shortcut')}")
+            Q_next = principal_components(C, f"layer {number}, {stage.blocks[0].modules}")
             rotate_out(layer, stage, Q_next)
             set_shortcut(model, layer, stage, Q, Q_next)
             Q = Q_next
@@ -486,9 +495,9 @@ def check_length(config, seqlen: int):
         raise SliceGPTError(f"sequences of {seqlen} tokens are longer than the model's {longest} positions")
 
 
-def progress(items, description: str, unit: str):
-    """A bar for what takes more than two seconds; where it cannot move, as in a log, seldom redrawn."""
-    return tqdm(items, description, unit=unit, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
+def progress(*args, **kwargs):
+    """A tqdm bar, for what takes more than two seconds; where it cannot move, as in a log, seldom redrawn."""
+    return tqdm(*args, **kwargs | {"delay": 2, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 20})
 
 
 # ---- 4 Experiments: texts, perplexity, generation -------------------------------------------------------------------
@@ -539,7 +548,7 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
     batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
     """
     total = 0.0
-    for batch in progress(tokens.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", "batch"):
+    for batch in progress(tokens.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", unit="batch"):
         batch = batch.to(device or model.device)
         logits = at_least_float32(model(batch, use_cache=False).logits[:, :-1].flatten(0, 1))
         total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
@@ -645,7 +654,7 @@ def demo() -> Path:
             ffn_dim=512, max_position_embeddings=256, pad_token_id=0, bos_token_id=0, eos_token_id=0))
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        for _ in progress(range(steps), "training the demo model, this once", "step"):
+        for _ in progress(range(steps), "training the demo model, this once", unit="step"):
             batch = tokens[torch.randint(len(tokens), (8,))]
             model(batch, labels=batch).loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -701,7 +710,7 @@ def run(args):
     """The program: load, measure, slice, measure again, print, save. What can be checked early is checked first."""
     text = "pydoc" if args.model == "demo" else "wikitext2"
     args.calibration, args.eval = args.calibration or text, args.eval or text
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for evaluation, name in enumerate((args.calibration, args.eval)):
         if name not in HUB_TEXTS:
             read_text(name, bool(evaluation))
@@ -744,6 +753,13 @@ def run(args):
         print(f"\nsaved to {args.save}")
     if args.report:
         args.report.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def check_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SliceGPTError(f"cannot use --device {name}: {first_line(error)}") from error
 
 
 def print_report(report: dict, figures: dict):
@@ -792,6 +808,7 @@ def peak_memory(device) -> int:
 def main(argv=None) -> int:
     """The exit code: 0, or 2 after one line on standard error for what the user can mend."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         run(parse_arguments(argv))

