@@ -281,7 +281,6 @@ def fuse(model):
     last_norm, embeddings = model.get_submodule(parts.norm), submodules(model, parts.embeddings)
     if isinstance(last_norm, RMSNorm):
         return
-    head.weight = parameter(head.weight, like=head.weight)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
 
