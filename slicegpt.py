@@ -252,12 +252,20 @@ class SlicedForCausalLM:
         return type("SlicedForCausalLM", (SlicedForCausalLM, base), {"__module__": __name__})
 
     @classmethod
+    def for_config(cls, config) -> type:
+        mixed = issubclass(cls, PreTrainedModel)
+        return cls if mixed else cls.mixed_into(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+    @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
         """Hugging Face's own from_pretrained, of the class that goes with the config."""
         config = config or AutoConfig.from_pretrained(path)
-        if not issubclass(cls, PreTrainedModel):
-            cls = cls.mixed_into(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-        return super(SlicedForCausalLM, cls).from_pretrained(path, *args, config=config, **kwargs)
+        return super(SlicedForCausalLM, cls.for_config(config)).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """Likewise, for AutoModelForCausalLM.from_config: random weights."""
+        return super(SlicedForCausalLM, cls.for_config(config))._from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class):
