@@ -4,7 +4,7 @@ Speed does not depend on the weights' values, so nothing is downloaded. Dense an
 run, after a warm-up, with the device synchronised around every measurement; printed are medians and spreads.
 
     python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token
-    python bench.py cost --shape opt-125m        # Table 3: the time of slicing, beside a forward pass over the same tokens
+    python bench.py cost --shape opt-125m        # Table 3: the time of slicing, beside a forward pass
 """
 import argparse
 import copy
@@ -29,7 +29,8 @@ def llama(D, layers, heads, groups, ffn, vocabulary=32000, tied=False):
 
 SHAPES = {
     "opt-125m": opt(768, 12, 12), "opt-1.3b": opt(2048, 24, 32), "opt-2.7b": opt(2560, 32, 32),
-    "opt-6.7b": opt(4096, 32, 32), "opt-13b": opt(5120, 40, 40), "opt-30b": opt(7168, 48, 56), "opt-66b": opt(9216, 64, 72),
+    "opt-6.7b": opt(4096, 32, 32), "opt-13b": opt(5120, 40, 40), "opt-30b": opt(7168, 48, 56),
+    "opt-66b": opt(9216, 64, 72),
     "smollm2-135m": llama(576, 30, 9, 3, 1536, 49152, tied=True),
     "llama-2-7b": llama(4096, 32, 32, 32, 11008), "llama-2-13b": llama(5120, 40, 40, 40, 13824),
     "llama-2-70b": llama(8192, 80, 64, 8, 28672),
@@ -54,7 +55,7 @@ def synchronise(device):
 
 
 def weight_bytes(model) -> int:
-    """What one token must read: all weights but the embedding's, of which it needs a row (a tied head is read whole)."""
+    """What one token must read: all weights but the embedding, of which it needs a row (a tied head is read)."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return sum(weight.nbytes for weight in model.parameters()) - (0 if embedding is head else embedding.nbytes)
 
@@ -104,8 +105,8 @@ def latency(args):
         print(f"extrapolated to {depth} layers from {a} and {b}")
     dense = quantiles(times[0])[0]
     ratio = quantiles([sliced / dense for dense, sliced in zip(*times)])
-    print(f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, after {args.prompt_length} tokens, "
-          f"{args.tokens} times")
+    print(f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, after {args.prompt_length} "
+          f"tokens, {args.tokens} times")
     print(f"{'':14}{'ms/token':>10}{'p10':>10}{'p90':>10}{'GB/token':>10}{'GB/s':>10}{'time':>8}{'bytes':>8}")
     for name, seconds, size in zip(("dense", f"sliced {args.sparsity:.0%}"), times, sizes):
         median, p10, p90 = quantiles(seconds)
@@ -138,8 +139,8 @@ def cost(args):
             work()
             synchronise(args.device)
             times[name].append(time.perf_counter() - start)
-    print(f"{args.shape} ({parameters(model) / 1e6:.0f}M), {args.dtype}, {args.device}: {args.samples} x {args.seqlen} tokens, "
-          f"sparsity {args.sparsity:.0%}, {args.repeat} rounds after a warm-up")
+    print(f"{args.shape} ({parameters(model) / 1e6:.0f}M), {args.dtype}, {args.device}: {args.samples} x {args.seqlen} "
+          f"tokens, sparsity {args.sparsity:.0%}, {args.repeat} rounds after a warm-up")
     print(f"{'':28}{'seconds':>10}{'p10':>10}{'p90':>10}{'ratio':>8}")
     for name, seconds in times.items():
         ratio = quantiles([second / first for first, second in zip(times["dense forward pass"][1:], seconds[1:])])[0]

@@ -1,19 +1,19 @@
 """SliceGPT in one file: compress a language model by deleting rows and columns of its weights.
 
 Read it beside the paper: "SliceGPT: Compress Large Language Models by Deleting Rows and Columns" (Ashkboos, Croci,
-Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). The sections stand in the paper's order and bear
-its numbers, and every function names the equation, algorithm line or figure that it is. In three sentences:
+Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). The sections stand in the paper's order and
+bear its numbers, and every function names the equation, algorithm line or figure that it is. In three sentences:
 
-1. RMSNorm commutes with an orthogonal matrix Q, so the signal between a transformer's blocks may be kept in any rotated
-   basis, if the weights that write it are multiplied by Q and those that read it by Q^T (Theorem 1).
-2. In the basis of its principal components (Eq. 8) the signal needs fewer than D numbers per token, so the last columns
-   of the matrices that write it and the last rows of those that read it can be deleted (Eq. 9).
-3. Each block has principal components of its own, so the residual connection is multiplied by a *shortcut* matrix, which
-   takes the signal from the basis of one block into that of the next (Figure 4).
+1. RMSNorm commutes with an orthogonal matrix Q, so the signal between a transformer's blocks may be kept in any
+   rotated basis, if the weights that write it are multiplied by Q and those that read it by Q^T (Theorem 1).
+2. In the basis of its principal components (Eq. 8) the signal needs fewer than D numbers per token, so the last
+   columns of the matrices that write it and the last rows of those that read it can be deleted (Eq. 9).
+3. Each block has principal components of its own, so the residual connection is multiplied by a *shortcut* matrix,
+   which takes the signal from the basis of one block into that of the next (Figure 4).
 
-The notation is the paper's: D embedding dimension, N sequence length, X (B, N, D) the *signal* between the blocks, here
-with a batch in front, Q (D, D) orthogonal. A Q of fewer columns, (D, d), stands for the paper's product of Q and the
-deletion matrix: to rotate by it is to slice. A weight W is (inputs, outputs) and multiplies from the right.
+The notation is the paper's: D embedding dimension, N sequence length, X (B, N, D) the *signal* between the blocks,
+here with a batch in front, Q (D, D) orthogonal. A Q of fewer columns, (D, d), stands for the paper's product of Q and
+the deletion matrix: to rotate by it is to slice. A weight W is (inputs, outputs) and multiplies from the right.
 
     python slicegpt.py                                              # a small model trained on the spot, no network
     python slicegpt.py --model facebook/opt-125m --sparsity 0.25    # WikiText-2, from the hub
@@ -52,10 +52,9 @@ class SliceGPTError(ValueError):
 
 @dataclass(frozen=True)
 class Block:
-    """One attention or one FFN, Z = sigma(RMSNorm(X) W_in + b_in) W_out + b_out (section 2.1).
+    """One attention or one FFN, Z = sigma(RMSNorm(X) W_in + b_in) W_out + b_out (section 2.1), as paths in its layer.
 
-    Paths inside a layer, separated by spaces: the norm in front, the modules that compute Z one after the other, all
-    matrices that read the normalised signal, and the matrix that writes Z.
+    The norm in front; the modules that compute Z, one after the other; all matrices W_in; the matrix W_out.
     """
     norm: str
     modules: str
@@ -63,7 +62,7 @@ class Block:
     W_out: str
 
     def __call__(self, layer, Z, *args, **kwargs):
-        """Algorithm 1, line 4, for a normalised signal. Masks, positions, caches and the like are for attention only."""
+        """Algorithm 1, line 4, of a normalised signal. Masks, positions, caches and the like are for attention."""
         for name in self.modules.split():
             module = layer.get_submodule(name)
             Z = module(Z, *args, **kwargs)[0] if "att" in name else module(Z)
@@ -72,27 +71,33 @@ class Block:
 
 @dataclass(frozen=True)
 class Stage:
-    """A layer's way from one signal to the next: blocks that read the same signal, and the name of their shortcut."""
+    """A layer's way from one signal to the next: the blocks that read the one, and the name of their shortcut."""
     shortcut: str
     blocks: tuple[Block, ...]
 
     def __call__(self, layer, X, residual, *args, **kwargs):
-        """Algorithm 1, lines 4 and 5: `residual` + Z, where every block's Z is computed from RMSNorm(X)."""
-        normalised = layer.get_submodule(self.blocks[0].norm)(X)  # without its scale, the norm of each block is the same
+        """Algorithm 1, lines 4 and 5: `residual` + Z of every block."""
+        normalised = layer.get_submodule(self.blocks[0].norm)(X)  # without scales, the same for every block
         for block in self.blocks:
             residual = residual + block(layer, normalised, *args, **kwargs)
         return residual
 
+    def readers(self, layer) -> list[nn.Module]:
+        return [linear for block in self.blocks for linear in submodules(layer, block.W_in)]
+
+    def writers(self, layer) -> list[nn.Module]:
+        return [linear for block in self.blocks for linear in submodules(layer, block.W_out)]
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Paths inside a model: all embeddings that add into X, the list of layers, the last norm; and a layer's blocks."""
+    """Paths in a model: all embeddings that add into X, the list of layers, the last norm; and the blocks of a layer."""
     embeddings: str
     layers: str
     norm: str
     attention: Block
     ffn: Block
-    parallel: bool | str = False  # do attention and FFN read the same signal? Or the config's flag that says so
+    parallel: bool | str = False  # do both blocks read the same signal? Or the config's flag that says so
     norm_offset: float = 0.0  # added to the stored scale of a norm
 
 
@@ -128,22 +133,27 @@ ARCHITECTURES = {  # by the config's model_type
 
 def architecture(config) -> Architecture:
     """The row of the table for a Hugging Face config. Raises SliceGPTError, with the reason, if it cannot be sliced."""
-    reasons = {
-        "its weights are quantised: slice the original and quantise the result": "quantization_config",
-        "it is an encoder-decoder": "is_encoder_decoder", "it has cross-attention": "add_cross_attention",
-        "it is a mixture of experts": "num_experts num_local_experts n_routed_experts moe_num_experts",
-    }
-    found = [why for why, flags in reasons.items() if any(getattr(config, flag, None) for flag in flags.split())]
-    if not getattr(config, "do_layer_norm_before", True) or getattr(config, "_remove_final_layer_norm", False):
-        found.append("it normalises behind its blocks (post-norm), and such a signal cannot be rotated")
-    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        found.append("its embedding is projected")
+    reasons = [reason for flags, reason in (
+        ("is_encoder_decoder", "it is an encoder-decoder"),
+        ("add_cross_attention", "it has cross-attention"),
+        ("num_experts num_local_experts n_routed_experts", "it is a mixture of experts"),
+        ("quantization_config", "its weights are quantised (slice the original and quantise the result)"),
+        ("_remove_final_layer_norm", "it has no last norm"),
+    ) if any(getattr(config, flag, None) for flag in flags.split())]
+    if not getattr(config, "do_layer_norm_before", True):
+        reasons.append("it normalises behind its blocks (post-norm), and such a signal cannot be rotated")
+    if getattr(config, "word_embed_proj_dim", None) not in (None, config.hidden_size):
+        reasons.append("its embedding is projected")
     if config.model_type not in ARCHITECTURES:
-        found.append("its architecture is not known here")
-    if found:
-        raise SliceGPTError(f"cannot slice a {config.model_type} model like this: {', and '.join(found)}. "
+        reasons.append("its architecture is not known here")
+    if reasons:
+        raise SliceGPTError(f"cannot slice a {config.model_type} model like this: {', and '.join(reasons)}. "
                             f"Can be sliced: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[config.model_type]
+
+
+def embeddings(model) -> list[nn.Embedding]:
+    return submodules(model, architecture(model.config).embeddings)
 
 
 def layers(model) -> nn.ModuleList:
@@ -162,31 +172,24 @@ def submodules(module, paths: str) -> list[nn.Module]:
     return [module.get_submodule(path) for path in paths.split()]
 
 
-def matrix(linear) -> Tensor:
-    """W (inputs, outputs) in float64, of a torch.nn.Linear, which stores its transpose, or of GPT-2's Conv1D."""
-    W = linear.weight.detach().double()
-    return W if isinstance(linear, Conv1D) else W.T
+def matrix(module) -> Tensor:
+    """W (inputs, outputs) in float64, of an embedding, of GPT-2's Conv1D, or of a Linear, which stores its transpose."""
+    W = module.weight.detach().double()
+    return W.T if isinstance(module, nn.Linear) else W
 
 
-def set_matrix(linear, W: Tensor, bias: Tensor | None):
-    """The inverse of `matrix`, and a bias (outputs): of any shape, stored in the dtype of the old weight."""
-    if isinstance(linear, Conv1D):
-        linear.nx, linear.nf = W.shape
+def set_matrix(module, W: Tensor, bias: Tensor | None):
+    """The inverse of `matrix`, with a bias (outputs): of any shape, stored in the dtype of the old weight."""
+    inputs, outputs = W.shape
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = outputs
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = inputs, outputs
     else:
-        linear.in_features, linear.out_features = W.shape
-        W = W.T
-    linear.bias = None if bias is None else parameter(bias, linear.weight)
-    linear.weight = parameter(W, linear.weight)
-
-
-def set_table(embedding, W: Tensor):
-    """Replaces the table (entries, D) of an embedding."""
-    embedding.embedding_dim = W.shape[1]
-    embedding.weight = parameter(W, embedding.weight)
-
-
-def parameter(W: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(W.detach().to(like.dtype, copy=True).contiguous(), requires_grad=like.requires_grad)
+        module.in_features, module.out_features, W = inputs, outputs, W.T
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().to(module.weight.dtype))
+    module.weight = nn.Parameter(W.to(module.weight.dtype, copy=True).contiguous())
 
 
 # ---- Figure 4: the block of a sliced network ------------------------------------------------------------------------
@@ -212,8 +215,8 @@ class RMSNorm(nn.Module):
 class SlicedLayer:
     """Figure 4: a Hugging Face layer with a matrix, the shortcut Q_{l-1}^T Q_l, in each residual connection.
 
-    A mixin in front of the layer's own class, which goes on doing all the rest. Dropout between the blocks, which acts in
-    training only, is left out: it belongs to coordinates that are gone.
+    A mixin in front of the layer's own class, which goes on doing all the rest. Dropout between the blocks, which
+    acts in training only, is left out: it belongs to coordinates that are gone.
     """
 
     def forward(self, X, *args, **kwargs):
@@ -236,8 +239,8 @@ def set_shortcut(model, layer, stage, Q_in: Tensor, Q_out: Tensor):
 class SlicedForCausalLM:
     """A Hugging Face causal language model that is fused, and perhaps rotated or sliced; a mixin like SlicedLayer.
 
-    `config.slicegpt` has its shape: `dimensions`, of the signal after the embedding and after every stage, and whether
-    there are `shortcuts`. A saved model's `auto_map` names this class, for AutoModelForCausalLM.
+    `config.slicegpt` has its shape: `dimensions`, of the signal after the embedding and after every stage, and
+    whether there are `shortcuts`. A saved model's `auto_map` names this class, for AutoModelForCausalLM.
     """
 
     def __init__(self, config, *args, **kwargs):
@@ -279,46 +282,46 @@ class SlicedForCausalLM:
 def fuse(model):
     """Section 3.2, Figure 3: makes every norm a scale-free RMSNorm, in place; the network computes what it did.
 
-    diag(alpha) and beta of a norm go into the matrices that read it, W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in,
-    the last norm's into the head. If the norm is a LayerNorm, M = I - 1 1^T / D, which subtracts the mean, goes into all
-    that writes the signal: W_embd <- W_embd M, W_out <- W_out M, b_out <- b_out M. A head tied to the embedding gets a
-    matrix of its own, as the two now differ. Arithmetic is in float64. A fused model stays as it is. Raises SliceGPTError
-    if the architecture is not supported.
+    diag(alpha) and beta of a norm go into the matrices that read it, W_in <- diag(alpha) W_in, b_in <- b_in + beta
+    W_in, the last norm's into the head. If the norm is a LayerNorm, M = I - 1 1^T / D, which subtracts the mean, goes
+    into all that writes the signal: W_embd <- W_embd M, W_out <- W_out M, b_out <- b_out M. A head tied to the
+    embedding gets a matrix of its own, as the two now differ. Arithmetic is in float64. A fused model stays as it is.
+    Raises SliceGPTError if the architecture is not supported.
     """
     parts, D, head = architecture(model.config), model.config.hidden_size, model.get_output_embeddings()
-    last_norm, embeddings = model.get_submodule(parts.norm), submodules(model, parts.embeddings)
+    last_norm = model.get_submodule(parts.norm)
     if isinstance(last_norm, RMSNorm):
         return
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
 
-    def without_mean(W):  # W M
-        return W if W is None or not isinstance(last_norm, nn.LayerNorm) else W.double() - W.double().mean(-1, True)
+    def fuse_reader(norm, linear):
+        W, bias = matrix(linear), linear.bias
+        if getattr(norm, "bias", None) is not None:
+            bias = norm.bias.double() @ W + (0 if bias is None else bias)
+        alpha = 1 if norm.weight is None else norm.weight.double()[:, None] + parts.norm_offset
+        set_matrix(linear, alpha * W, bias)
 
-    def fuse_norm(norm, readers):
-        for linear in readers:
-            W, bias = matrix(linear), linear.bias
-            if getattr(norm, "bias", None) is not None:
-                bias = norm.bias.double() @ W + (0 if bias is None else bias)
-            if norm.weight is not None:
-                W = (norm.weight.double() + parts.norm_offset)[:, None] * W
-            set_matrix(linear, W, bias)
+    def fuse_writer(module):
+        if isinstance(last_norm, nn.LayerNorm):
+            W, bias = matrix(module), getattr(module, "bias", None)
+            set_matrix(module, W - W.mean(1, True), None if bias is None else bias.double() - bias.double().mean())
 
-    def plain(norm):
+    def without_scale(norm):
         return RMSNorm(D, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
-    for embedding in embeddings:
-        set_table(embedding, without_mean(embedding.weight))
+    for embedding in embeddings(model):
+        fuse_writer(embedding)
     for layer in layers(model):
         blocks = [block for stage in stages(model) for block in stage.blocks]
         for block in blocks:
-            fuse_norm(layer.get_submodule(block.norm), submodules(layer, block.W_in))
-            W_out = layer.get_submodule(block.W_out)
-            set_matrix(W_out, without_mean(matrix(W_out)), without_mean(W_out.bias))
+            for linear in submodules(layer, block.W_in):
+                fuse_reader(layer.get_submodule(block.norm), linear)
+            fuse_writer(layer.get_submodule(block.W_out))
         for name in {block.norm for block in blocks}:  # after both blocks, which share one norm in Phi-2
-            layer.set_submodule(name, plain(layer.get_submodule(name)))
-    fuse_norm(last_norm, [head])
-    model.set_submodule(parts.norm, plain(last_norm))
+            layer.set_submodule(name, without_scale(layer.get_submodule(name)))
+    fuse_reader(last_norm, head)
+    model.set_submodule(parts.norm, without_scale(last_norm))
 
     signals = 1 + len(layers(model)) * len(stages(model))
     model.config.slicegpt = {"dimensions": [D] * signals, "shortcuts": False}
@@ -333,9 +336,10 @@ def fuse(model):
 def rotate(model, Q: Tensor | list[Tensor]):
     """Theorem 1 and Figure 4: rotates the signal, in place; for orthogonal Q the network computes what it did.
 
-    Q: one (D, D) matrix for the whole network (Theorem 1), or a list, one for the embedding and one for the signal after
-    every stage: 2L+1 for sequential, L+1 for parallel layers (Figure 4, with shortcuts). A Q of fewer columns slices too
-    (Eq. 9). Fuses the model first if need be. Arithmetic is in float64. Raises SliceGPTError for a wrong number or shape.
+    Q: one (D, D) matrix for the whole network (Theorem 1), or a list, one for the embedding and one for the signal
+    after every stage: 2L+1 for sequential, L+1 for parallel layers (Figure 4, with shortcuts). A Q of fewer columns
+    slices too (Eq. 9). Fuses the model first if need be. Arithmetic is in float64. Raises SliceGPTError for a wrong
+    number or shape.
     """
     fuse(model)
     shape = model.config.slicegpt
@@ -344,43 +348,31 @@ def rotate(model, Q: Tensor | list[Tensor]):
     if [len(Q) for Q in Qs] != shape["dimensions"]:
         raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows, not {[len(Q) for Q in Qs]}")
     Qs = [Q.to(model.device, torch.float64) for Q in Qs]
-    rotate_embeddings(model, Qs[0])
+    for embedding in embeddings(model):
+        rotate_writer(embedding, Qs[0])
     pairs = zip(Qs, Qs[1:])
     for layer in layers(model):
         for stage in stages(model):
             Q_in, Q_out = next(pairs)
-            rotate_in(layer, stage, Q_in)
-            rotate_out(layer, stage, Q_out)
+            for linear in stage.readers(layer):
+                rotate_reader(linear, Q_in)
+            for linear in stage.writers(layer):
+                rotate_writer(linear, Q_out)
             if shortcuts:
                 set_shortcut(model, layer, stage, Q_in, Q_out)
-    rotate_head(model, Qs[-1])
+    rotate_reader(model.get_output_embeddings(), Qs[-1])
     model.config.slicegpt = {"dimensions": [Q.shape[1] for Q in Qs], "shortcuts": shortcuts}
 
 
-def rotate_embeddings(model, Q):
-    """Eq. 3: W_embd <- W_embd Q, for every table that adds into the signal."""
-    for embedding in submodules(model, architecture(model.config).embeddings):
-        set_table(embedding, embedding.weight.double() @ Q)
+def rotate_writer(module, Q):
+    """Eq. 3, 5 and 6: W_embd <- W_embd Q; W_out <- W_out Q, b_out <- Q^T b_out."""
+    bias = getattr(module, "bias", None)
+    set_matrix(module, matrix(module) @ Q, None if bias is None else bias.double() @ Q)
 
 
-def rotate_in(layer, stage, Q):
-    """Eq. 4: W_in <- Q^T W_in. b_in stays."""
-    for block in stage.blocks:
-        for linear in submodules(layer, block.W_in):
-            set_matrix(linear, Q.T @ matrix(linear), linear.bias)
-
-
-def rotate_out(layer, stage, Q):
-    """Eq. 5 and 6: W_out <- W_out Q, b_out <- Q^T b_out."""
-    for block in stage.blocks:
-        linear = layer.get_submodule(block.W_out)
-        set_matrix(linear, matrix(linear) @ Q, None if linear.bias is None else linear.bias.double() @ Q)
-
-
-def rotate_head(model, Q):
-    """Eq. 7: W_head <- Q^T W_head. b_head stays."""
-    head = model.get_output_embeddings()
-    set_matrix(head, Q.T @ matrix(head), head.bias)
+def rotate_reader(linear, Q):
+    """Eq. 4 and 7: W_in <- Q^T W_in, W_head <- Q^T W_head. b_in and b_head stay."""
+    set_matrix(linear, Q.T @ matrix(linear), linear.bias)
 
 
 # ---- 3.3 A transformation per block, and 3.4 Slicing ----------------------------------------------------------------
@@ -396,7 +388,8 @@ def at_least_float32(X: Tensor) -> Tensor:
 
 
 def pca(C: Tensor) -> tuple[Tensor, Tensor]:
-    """Section 3.3: eigenvalues (D,) of a covariance C (D, D), largest first, and the eigenvectors, the columns of Q (D, D).
+    """Section 3.3: eigenvalues (D,) of a covariance C (D, D), largest first, and the eigenvectors, the columns of Q
+    (D, D).
 
     In double precision, as the paper asks for (appendix A.2).
     """
@@ -405,7 +398,7 @@ def pca(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
-    """(1 - sparsity) D, rounded down to a multiple of `round_to`; D itself for sparsity 0. Raises if nothing is left."""
+    """(1 - sparsity) D, rounded down to a multiple of `round_to`; D for sparsity 0. Raises if nothing is left."""
     if not 0 <= sparsity < 1:
         raise SliceGPTError(f"sparsity must be at least 0 and below 1, not {sparsity}")
     d = int((1 - sparsity) * D + 1e-6) // round_to * round_to if sparsity else D
@@ -440,13 +433,15 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, round_to:
                 slice_head: bool = True, batch_size: int = 8, device=None):
     """Sections 3.3 and 3.4: slices a model in place and returns it. Fuses it if need be, and sets it to eval mode.
 
-    One sweep over the layers, in which every block runs once: on the output of the blocks before it as slicing has left
-    them, and into all D dimensions, from which comes the Q of the next block (Eq. 8) by which its output is then sliced.
+    One sweep over the layers, in which every block runs once: on the output of the blocks before it as slicing has
+    left them, and into all D dimensions, from which comes the Q of the next block (Eq. 8) by which its output is then
+    sliced.
 
-    calibration: tokens (samples, seqlen), int64. The signal gets `sliced_dimension(D, sparsity, round_to)` dimensions, but
-    keeps D in front of the head if not `slice_head`. signal: the side of the RMSNorm that Eq. 8 looks at, "input" (the
-    authors' code) or "output" (the paper's text). device: where to compute, with one layer there at a time; by default
-    where the model is. Raises SliceGPTError for bad arguments, and for a signal that is not finite (the model is then lost).
+    calibration: tokens (samples, seqlen), int64. The signal gets `sliced_dimension(D, sparsity, round_to)`
+    dimensions, but keeps D in front of the head if not `slice_head`. signal: the side of the RMSNorm that Eq. 8 looks
+    at, "input" (the authors' code) or "output" (the paper's text). device: where to compute, with one layer there at
+    a time; by default where the model is. Raises SliceGPTError for bad arguments, and for a signal that is not finite
+    (the model is then lost).
     """
     D, device = model.config.hidden_size, torch.device(device or model.device)
     d = sliced_dimension(D, sparsity, round_to)
@@ -461,20 +456,22 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, round_to:
 
     def principal_components(C, where) -> Tensor:  # (D, d)
         if not C.isfinite().all():
-            raise SliceGPTError(f"the signal is not finite after {where}; {model.dtype} may be too narrow for this model, "
+            raise SliceGPTError(f"the signal is not finite after {where}; {model.dtype} may be too narrow, "
                                 "try --dtype float32")
         return pca(C)[1][:, :next(widths)]
 
     _, arguments = embed(model, calibration[:1])  # of one sequence, since they are the same for all
     X = [wait(embed(model, batch)[0]) for batch in calibration.split(batch_size)]
     Q = principal_components(sum(covariance(observe(x.to(device))) for x in X), "the embedding")
-    rotate_embeddings(model, Q.to(model.device))
+    for embedding in embeddings(model):
+        rotate_writer(embedding, Q.to(model.device))
     for number, layer in enumerate(progress(layers(model), "slicing", unit="layer")):
         home = next(layer.parameters()).device
         layer.to(device)
         args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, arguments[number])
         for stage in stages(model):
-            rotate_in(layer, stage, Q)
+            for linear in stage.readers(layer):
+                rotate_reader(linear, Q)
             QD, C = Q.to(model.dtype), 0
             for i, x in enumerate(X):
                 Z = x.to(device, non_blocking=True) @ QD  # Eq. 9: (B, N, d)
@@ -482,11 +479,12 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, round_to:
                 C = C + covariance(observe(x))  # Eq. 8
                 X[i] = wait(x)
             Q_next = principal_components(C, f"layer {number}, {stage.blocks[0].modules}")
-            rotate_out(layer, stage, Q_next)
+            for linear in stage.writers(layer):
+                rotate_writer(linear, Q_next)
             set_shortcut(model, layer, stage, Q, Q_next)
             Q = Q_next
         layer.to(home)
-    rotate_head(model, Q.to(model.device))
+    rotate_reader(model.get_output_embeddings(), Q.to(model.device))
     model.config.slicegpt = {"dimensions": dimensions, "shortcuts": True}
     return model
 
@@ -550,7 +548,8 @@ def tokenize(tokenizer, text: str, seqlen: int, samples: int | None = None, seed
 
 @torch.no_grad()
 def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None) -> float:
-    """Section 4: exp of the mean negative log likelihood, in nats, of all tokens (samples, seqlen) but each first one.
+    """Section 4: exp of the mean negative log likelihood, in nats, of all tokens (samples, seqlen) but each first
+    one.
 
     batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
     """
@@ -579,8 +578,8 @@ def parameters(model) -> int:
 def load(name, dtype="auto", device="cpu"):
     """(model, tokenizer) of a hub id, a local directory, one that `save` wrote, a .gguf file, or "demo".
 
-    dtype: a torch.dtype, or "auto" for the checkpoint's own. Raises SliceGPTError if there is no such model, and, before
-    its weights are read, if it cannot be sliced.
+    dtype: a torch.dtype, or "auto" for the checkpoint's own. Raises SliceGPTError if there is no such model, and,
+    before its weights are read, if it cannot be sliced.
     """
     path, options = str(name), {}
     if path == "demo":
@@ -607,10 +606,11 @@ def load(name, dtype="auto", device="cpu"):
 
 
 def save(model, tokenizer, path):
-    """Writes a directory that `load` reads back bit for bit, as does AutoModelForCausalLM with trust_remote_code=True.
+    """Writes a directory that `load` reads back bit for bit, as does AutoModelForCausalLM with
+    trust_remote_code=True.
 
-    It has Hugging Face's files and a copy of this one, and gets its name only when it is complete. Raises SliceGPTError
-    if there is something at `path`.
+    It has Hugging Face's files and a copy of this one, and gets its name only when it is complete. Raises
+    SliceGPTError if there is something at `path`.
     """
     path = Path(path)
     check_free(path)
@@ -674,13 +674,12 @@ def demo() -> Path:
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise SliceGPTError(f"{message} (--help lists the options)")
-
-
 def parse_arguments(argv):
-    parser = Parser("slicegpt.py", description="Slice a language model (SliceGPT, arXiv 2401.15024) and measure the result.")
+    parser = argparse.ArgumentParser(
+        "slicegpt.py", description="Slice a language model (SliceGPT, arXiv 2401.15024) and measure what that does.")
+
+    def complain(message):
+        raise SliceGPTError(f"{message} (--help lists the options)")
 
     def at_least(least):
         def number(text):
@@ -689,25 +688,27 @@ def parse_arguments(argv):
             return int(text)
         return number
 
-    add = parser.add_argument
-    add("--model", default="demo", help="hub id, directory, .gguf file, directory saved by this program, or demo, a small "
-        "model that is trained on the spot and needs no network (default: %(default)s)")
+    parser.error, add = complain, parser.add_argument
+    add("--model", default="demo", help="hub id, directory, .gguf file, directory saved by this program, or demo (the "
+        "default), a small model that is trained on the spot and needs no network")
     add("--sparsity", type=float, help="share of the embedding dimension to delete (default: 0.25)")
-    add("--calibration", metavar="TEXT", help="wikitext2, alpaca, pydoc (Python's language reference), or the path of a "
-        "UTF-8 text file (default: wikitext2; pydoc for the demo model)")
+    add("--calibration", metavar="TEXT", help="wikitext2, alpaca, pydoc (Python's language reference), or the path of "
+        "a UTF-8 text file (default: wikitext2; pydoc for the demo model)")
     add("--eval", metavar="TEXT", help="what perplexity is measured on; as --calibration")
-    add("--samples", type=at_least(1), default=128, help="calibration sequences (default: %(default)s)")
+    add("--samples", type=at_least(1), default=128, help="calibration sequences (default: 128)")
     add("--eval-samples", type=at_least(1), help="evaluation sequences (default: all of the text)")
-    add("--seqlen", type=at_least(2), help="tokens per sequence (default: 2048, or as many as the model has positions)")
-    add("--batch-size", type=at_least(1), default=8, help="calibration sequences at a time (default: %(default)s)")
-    add("--round-to", type=at_least(1), default=8, help="make the dimension a multiple of this (default: %(default)s)")
-    add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="default: float32 on a CPU, else the model's")
+    add("--seqlen", type=at_least(2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
+    add("--batch-size", type=at_least(1), default=8, help="calibration sequences at a time (default: 8)")
+    add("--round-to", type=at_least(1), default=8, help="make the dimension a multiple of this (default: 8)")
+    add("--dtype", choices=["float64", "float32", "float16", "bfloat16"],
+        help="default: float32 on a CPU, elsewhere the checkpoint's own")
     add("--device", help="default: cuda if there is one, else cpu; what does not fit there visits it layer by layer")
-    add("--seed", type=int, default=0, help="chooses the calibration sequences (default: %(default)s)")
-    add("--pca", choices=["input", "output"], default="input", help="principal components of the RMSNorm's input, as in the "
-        "authors' code, or of its output, as in the paper's text (default: %(default)s)")
-    add("--slice-head", action=argparse.BooleanOptionalAction, default=True, help="slice the head's input (default) or not")
-    add("--prompt", default="The", help="text for the models to continue (default: %(default)s)")
+    add("--seed", type=int, default=0, help="chooses the calibration sequences (default: 0)")
+    add("--pca", choices=["input", "output"], default="input", help="principal components of the RMSNorm's input, as "
+        "in the authors' code, or of its output, as in the paper's text (default: input)")
+    add("--slice-head", action=argparse.BooleanOptionalAction, default=True,
+        help="slice the head too (default), or give it all dimensions")
+    add("--prompt", default="The", help="text for the models to continue (default: The)")
     add("--save", metavar="DIR", type=Path, help="write the sliced model here")
     add("--report", metavar="FILE.json", type=Path, help="write the figures here")
     return parser.parse_args(argv)
@@ -717,7 +718,10 @@ def run(args):
     """The program: load, measure, slice, measure again, print, save. What can be checked early is checked first."""
     text = "pydoc" if args.model == "demo" else "wikitext2"
     args.calibration, args.eval = args.calibration or text, args.eval or text
-    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise SliceGPTError(f"cannot use --device {args.device}: {first_line(error)}") from error
     for evaluation, name in enumerate((args.calibration, args.eval)):
         if name not in HUB_TEXTS:
             read_text(name, bool(evaluation))
@@ -736,8 +740,10 @@ def run(args):
     report, figures = vars(args) | {"dimension": D, "eval_samples": len(evaluation), "device": str(device)}, {}
 
     def measure() -> dict:
+        d = config.slicegpt["dimensions"][0] if hasattr(config, "slicegpt") else D
         with placed(model, device):
-            return {"parameters": parameters(model), "perplexity": perplexity(model, evaluation, device=device),
+            return {"dimension": d, "parameters": parameters(model),
+                    "perplexity": perplexity(model, evaluation, device=device),
                     "text": generate(model, tokenizer, args.prompt, device)}
 
     if not hasattr(config, "slicegpt"):
@@ -752,8 +758,8 @@ def run(args):
     elif args.sparsity is not None:
         raise SliceGPTError(f"{args.model} is sliced already; leave out --sparsity to measure it as it is")
     figures["sliced"] = measure()
-    report |= {"sliced_dimension": config.slicegpt["dimensions"][0], "peak_memory_bytes": peak_memory(device)}
     report |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
+    report["peak_memory_bytes"] = peak_memory(device)
     print_report(report, figures)
     if args.save:
         save(model, tokenizer, args.save)
@@ -762,36 +768,24 @@ def run(args):
         args.report.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def check_device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise SliceGPTError(f"cannot use --device {name}: {first_line(error)}") from error
-
-
 def print_report(report: dict, figures: dict):
-    """The figures, a column for each model, and under them what the two models wrote, side by side."""
-    print(f"\n{report['model']}")
-    for title, cells in {
-        "": figures,
-        "embedding dimension": [report["dimension" if name == "dense" else "sliced_dimension"] for name in figures],
-        "parameters": [f"{column['parameters']:,}" for column in figures.values()],
-        "perplexity": [f"{column['perplexity']:.2f}" for column in figures.values()],
-    }.items():
-        print(f"  {title:20}" + "".join(f"{cell:>16}" for cell in cells))
+    """A column of figures for each model, and under them what the models wrote, side by side."""
+    print(f"\n{report['model']}\n  {'':12}" + "".join(f"{name:>16}" for name in figures))
+    for key, form in {"dimension": "d", "parameters": ",d", "perplexity": ".2f"}.items():
+        print(f"  {key:12}" + "".join(f"{column[key]:>16{form}}" for column in figures.values()))
     print(f"  perplexity on {report['eval_samples']} x {report['seqlen']} tokens of {report['eval']}")
     if "slice_seconds" in report:
-        print(f"  sliced in {report['slice_seconds']:.1f} s, with {report['samples']} x {report['seqlen']} tokens of "
+        print(f"  sliced in {report['slice_seconds']:.1f} s, by {report['samples']} x {report['seqlen']} tokens of "
               f"{report['calibration']}")
     print(f"  peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB\n")
-    for lines in zip_longest(*(textwrap.wrap(f"{name}: {column['text']}", 56) for name, column in figures.items()),
-                             fillvalue=""):
+    texts = [textwrap.wrap(f"{name}: {column['text']}", 56) for name, column in figures.items()]
+    for lines in zip_longest(*texts, fillvalue=""):
         print("  " + " | ".join(f"{line:56}" for line in lines).rstrip())
 
 
 @contextmanager
 def placed(model, device):
-    """The model on `device`, for good if it fits there; else its weights come and go as they are needed (accelerate)."""
+    """The model on `device`, for good if it fits there; else its weights come and go as needed (accelerate)."""
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]:
         yield model.to(device)
