@@ -708,7 +708,7 @@ def parse_arguments(argv):
         "in the authors' code, or of its output, as in the paper's text (default: input)")
     add("--slice-head", action=argparse.BooleanOptionalAction, default=True,
         help="slice the head too (default), or give it all dimensions")
-    add("--prompt", default="The", help="text for the models to continue (default: The)")
+    add("--prompt", default="If the", help="text for the models to continue (default: If the)")
     add("--save", metavar="DIR", type=Path, help="write the sliced model here")
     add("--report", metavar="FILE.json", type=Path, help="write the figures here")
     return parser.parse_args(argv)
