@@ -19,7 +19,6 @@ the deletion matrix: to rotate by it is to slice. A weight W is (inputs, outputs
     python slicegpt.py --model facebook/opt-125m --sparsity 0.25    # WikiText-2, from the hub
 """
 import argparse
-import hashlib
 import importlib
 import json
 import logging
@@ -115,7 +114,11 @@ ARCHITECTURES = {  # by the config's model_type
     "gpt2": Architecture(
         "transformer.wte transformer.wpe", "transformer.h", "transformer.ln_f",
         Block("ln_1", "attn", "attn.c_attn", "attn.c_proj"), Block("ln_2", "mlp", "mlp.c_fc", "mlp.c_proj")),
-    "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA,
+    "llama": LLAMA, "mistral": LLAMA, "ministral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "smollm3": LLAMA,
+    "seed_oss": LLAMA, "helium": LLAMA,
+    "arcee": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj")),
+    "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj")),
+    "nemotron": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), norm_offset=1.0),
     "gemma": replace(LLAMA, norm_offset=1.0),
     "phi": Architecture(
         "model.embed_tokens", "model.layers", "model.final_layernorm",
@@ -232,8 +235,8 @@ def set_shortcut(model, layer, stage, Q_in: Tensor, Q_out: Tensor):
         layer.stages = stages(model)
         # under the old name, by which accelerate's device maps know what must not be split
         layer.__class__ = type(type(layer).__name__, (SlicedLayer, type(layer)), {"__module__": __name__})
-    S = getattr(layer, name).double() if hasattr(layer, name) else torch.eye(len(Q_in), device=Q_in.device).double()
-    setattr(layer, name, nn.Parameter((Q_in.T @ S @ Q_out).to(model.dtype)))
+    S = getattr(layer, name).double() @ Q_out if hasattr(layer, name) else Q_out
+    setattr(layer, name, nn.Parameter((Q_in.T @ S).to(model.dtype)))
 
 
 class SlicedForCausalLM:
@@ -645,11 +648,11 @@ def first_line(error: Exception) -> str:
 
 def demo() -> Path:
     """The directory of the model that needs no network: a small OPT, trained on pydoc when first asked for."""
-    text = read_text("pydoc", evaluation=False)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "slicegpt")
-    path = cache / f"demo-{hashlib.sha256(text.encode()).hexdigest()[:8]}"  # the text is another in each Python
+    path = cache / f"demo-{sys.hexversion:x}"  # the text is another in each Python
     if path.exists():
         return path
+    text = read_text("pydoc", evaluation=False)
     bpe = importlib.import_module("tokenizers").ByteLevelBPETokenizer()
     bpe.train_from_iterator(text.splitlines(True), vocab_size=1024, special_tokens=["</s>"], show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>")

@@ -74,21 +74,28 @@ def networks(draw, families=tuple(ARCHITECTURES)):
     options = {"hidden_size": D, "num_hidden_layers": draw(st.integers(1, 3)), "num_attention_heads": heads,
                "intermediate_size": draw(st.sampled_from([12, 24, 40])), "max_position_embeddings": 32,
                "tie_word_embeddings": draw(st.booleans())}
-    llama_like = family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
+    llama_like = family not in ("opt", "gpt2", "gpt_neox", "phi")
     if llama_like or family == "phi":
         options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
     if llama_like or family in ("phi", "gpt_neox"):
         options["rope_parameters"] = {"rope_theta": 100.0, "rope_type": "default", "partial_rotary_factor": 1.0}
-    if family in ("llama", "mistral", "qwen3", "gemma"):  # heads need not add up to D
+    if family in ("llama", "mistral", "ministral", "qwen3", "gemma", "seed_oss"):  # heads need not add up to D
         options |= {"head_dim": head_dim, "hidden_size": draw(st.sampled_from([D, 12, 20]))}
-    if family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3", "smollm3", "seed_oss", "arcee", "nemotron"):
         options["attention_bias"] = draw(st.booleans())
-    if family == "llama":
+    if family in ("llama", "smollm3", "arcee", "nemotron"):
         options["mlp_bias"] = draw(st.booleans())
+    if family == "helium":
+        options["head_dim"] = head_dim  # its heads must add up to D
+    if family == "smollm3":
+        options["no_rope_layer_interval"] = 2
+    if family == "starcoder2":
+        options["use_bias"] = draw(st.booleans())
+    if family == "llama":
         if draw(st.booleans()):
             options["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
-    if family in ("mistral", "phi3"):
-        options["sliding_window"] = draw(st.sampled_from([None, 3]))
+    if family in ("mistral", "ministral", "phi3", "starcoder2"):
+        options["sliding_window"] = 3 if family == "ministral" else draw(st.sampled_from([None, 3]))
     if family in ("qwen2", "qwen3"):
         options |= {"use_sliding_window": draw(st.booleans()), "sliding_window": 3, "max_window_layers": 1}
     if family == "gpt_neox":
