@@ -588,8 +588,10 @@ def load(name, dtype="auto", device="cpu"):
     if path == "demo":
         path = str(demo())
     elif path.endswith(".gguf") and os.path.isfile(path):
-        optional("gguf")
+        optional("gguf"), optional("accelerate")
         path, options = os.path.dirname(path) or ".", {"gguf_file": os.path.basename(path)}
+    elif not os.path.exists(path) and (path.count("/") > 1 or path.startswith((".", "/")) or path.endswith(".gguf")):
+        raise SliceGPTError(f"cannot load {path}: there is no such file or directory")
     try:
         config = AutoConfig.from_pretrained(path, **options)
         architecture(config)
@@ -617,14 +619,16 @@ def save(model, tokenizer, path):
     """
     path = Path(path)
     check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         if isinstance(model, SlicedForCausalLM):
             shutil.copyfile(__file__, unfinished / "slicegpt.py")
         unfinished.replace(path)
+    except OSError as error:
+        raise SliceGPTError(f"cannot save to {path}: {first_line(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -604,6 +604,28 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_killed_save_leaves_no_model_under_its_name(tmp_path):
+    """A process that dies while it writes, without a chance to clean up."""
+    source = (f"import os, slicegpt, test_slicegpt as t; tokenizer = t.tiny_tokenizer(); "
+              f"type(tokenizer).save_pretrained = lambda *_: os.kill(os.getpid(), 9); "
+              f"slicegpt.save(t.sliced_network(), tokenizer, {str(tmp_path / 'sliced')!r})")
+    assert subprocess.run([sys.executable, "-c", source], cwd=HERE).returncode == -9
+    assert not (tmp_path / "sliced").exists()
+    save(sliced_network(), tiny_tokenizer(), tmp_path / "sliced")  # the remains are not in the way
+    load(tmp_path / "sliced")
+
+
+def test_a_save_that_the_disk_refuses_is_reported(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    model, tokenizer = sliced_network(), tiny_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    with pytest.raises(SliceGPTError, match="cannot save to .*No space left on device"):
+        save(model, tokenizer, tmp_path / "sliced")
+    assert not list(tmp_path.iterdir())
+
+
 def test_save_takes_an_empty_directory_and_no_other(tmp_path):
     model, tokenizer = sliced_network(), tiny_tokenizer()
     (tmp_path / "empty").mkdir()
@@ -769,8 +791,8 @@ BAD_INPUT = {
     "unknown option": (["--colour", "red"], "unrecognized arguments"),
     "no samples": (["--samples", "0"], "argument --samples: 0 is less than 1"),
     "hub out of reach": (["--model", "facebook/opt-125m"], "cannot be reached; use a local directory, or --model demo"),
-    "no such directory": (["--model", "./nowhere"], "cannot load ./nowhere"),
-    "no such gguf": (["--model", "nowhere.gguf"], "cannot load nowhere.gguf"),
+    "no such directory": (["--model", "./nowhere"], "cannot load ./nowhere: there is no such file or directory"),
+    "no such gguf": (["--model", "nowhere.gguf"], "cannot load nowhere.gguf: there is no such file or directory"),
     "not a model": (["--model", "{path}"], "cannot load {path}"),
     "unknown text": (["--eval", "nowhere.txt"], "cannot read the text nowhere.txt"),
     "text too short": (["--eval", "{path}/short"], "too few for one sequence of 32"),
