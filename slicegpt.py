@@ -450,8 +450,8 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, round_to:
     d = sliced_dimension(D, sparsity, round_to)
     check_length(model.config, calibration.shape[1])
     fuse(model.eval())
-    dimensions, shortcuts = model.config.slicegpt.values()
-    if shortcuts or min(dimensions) < D:
+    dimensions = model.config.slicegpt["dimensions"]
+    if model.config.slicegpt["shortcuts"] or min(dimensions) < D:
         raise SliceGPTError(f"this model is sliced already: {min(dimensions)} of {D} dimensions")
     dimensions = [d] * (len(dimensions) - 1) + [d if slice_head else D]
     widths = iter(dimensions)
@@ -790,11 +790,16 @@ def print_report(report: dict, figures: dict):
         print("  " + " | ".join(f"{line:56}" for line in lines).rstrip())
 
 
+def fits(model, device) -> bool:
+    """Whether a model is on the accelerator, or that has room for it and for a fifth more, for what it computes."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    return device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]
+
+
 @contextmanager
 def placed(model, device):
     """The model on `device`, for good if it fits there; else its weights come and go as needed (accelerate)."""
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]:
+    if fits(model, device):
         yield model.to(device)
         return
     accelerate = optional("accelerate")
@@ -802,7 +807,7 @@ def placed(model, device):
     try:
         yield model
     finally:
-        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        accelerate.hooks.remove_hook_from_submodules(model)
 
 
 def peak_memory(device) -> int:

@@ -820,6 +820,24 @@ def test_bad_input_gets_one_clear_line(tiny, tmp_path, monkeypatch, case):
     assert sorted(str(file) for file in path.rglob("*")) == before and not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="accelerate is not installed")
+def test_the_program_runs_a_model_that_does_not_fit_on_the_device(tiny, tmp_path, monkeypatch):
+    """Its weights visit the device module by module for perplexity and generation, layer by layer for slicing."""
+    import accelerate
+    path, options = tiny
+    offload, offloads = accelerate.cpu_offload, []
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda *args: offloads.append(args) or offload(*args))
+    outputs = []
+    for fits in (True, False):
+        monkeypatch.setattr(slicegpt, "fits", lambda model, device: fits)
+        code, out, _ = command(*options, "--samples", "4", "--eval-samples", "2", "--save", tmp_path / f"{fits}")
+        assert code == 0
+        outputs.append(out.split("sliced in")[0] + out.split("GiB")[1].split("saved")[0])
+    assert len(offloads) == 2 and outputs[0] == outputs[1]
+    weights = [load(tmp_path / f"{fits}")[0].state_dict() for fits in (True, False)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_a_sliced_model_is_not_sliced_again(tiny, tmp_path):
     path, options = tiny
     save(sliced_network(), tiny_tokenizer(), tmp_path / "sliced")
