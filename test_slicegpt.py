@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bench
 import slicegpt
 from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance, embeddings, fuse, layers,
                       load, main, matrix, parameters, pca, perplexity, read_text, rotate, save, slice_model,
@@ -892,3 +893,18 @@ def test_smollm2_rotated_and_sliced(smollm2):
     slice_model(model, calibration, 0.25)
     assert (dense_size, parameters(model)) == (134_515_008, 133_291_008)
     assert dense < perplexity(model, tokens) < 3 * dense
+
+
+@pytest.mark.parametrize("shape, count", [
+    ("opt-125m", 125_239_296), ("opt-6.7b", 6_658_473_984), ("llama-2-7b", 6_738_415_616),
+    ("llama-2-70b", 68_976_648_192), ("smollm2-135m", 134_515_008)])
+def test_the_benchmarks_networks_have_their_published_size(shape, count):
+    depth = bench.SHAPES[shape][1]["num_hidden_layers"]
+    dense, sliced = (bench.build(shape, sparsity, depth, torch.float16, "meta") for sparsity in (None, 0.25))
+    assert parameters(dense) == count
+    D, d = dense.config.hidden_size, dense.config.hidden_size * 3 // 4
+    assert [signal.shape[1] for signal in map(matrix, embeddings(sliced))] == [d] * len(embeddings(dense))
+    assert all(getattr(layer, stage.shortcut).shape == (d, d) for layer in layers(sliced) for stage in stages(sliced))
+    assert bench.weight_bytes(dense) == 2 * (count - (0 if dense.config.tie_word_embeddings else 32000 * D))
+    embedding = sliced.get_input_embeddings().weight
+    assert bench.weight_bytes(sliced) == 2 * (parameters(sliced) - embedding.numel())
