@@ -1,18 +1,28 @@
-"""How fast a sliced network is, and what slicing costs, on networks of published shapes with random weights.
+"""How fast a sliced network is, what slicing costs, and how good the result is.
 
-Speed does not depend on the weights' values, so nothing is downloaded. Dense and sliced networks take turns within one
-run, after a warm-up, with the device synchronised around every measurement; printed are medians and spreads.
+The first two need no real weights: speed does not depend on the weights' values, so networks of published shapes get
+random ones and nothing is downloaded. Networks take turns within one run, after a warm-up, with the device synchronised
+around every measurement; printed are medians and spreads.
 
     python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token
     python bench.py cost --shape opt-125m        # Table 3: the time of slicing, beside a forward pass
+
+The others take a real model, and slicegpt.py's options for it and for the texts:
+
+    python bench.py quality --plot quality.png   # perplexity against parameters and time, for all ways to slice
+    python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 """
 import argparse
 import copy
+import json
+import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import slicegpt
 from slicegpt import SlicedForCausalLM, parameters, progress, slice_model, sliced_dimension
 
 
@@ -147,10 +157,106 @@ def cost(args):
         print(f"{name:28}" + "".join(f"{value:10.2f}" for value in quantiles(seconds[1:])) + f"{ratio:8.2f}")
 
 
+METHODS = {  # as options of slicegpt.py
+    "block": [], "block, refit": ["--refit"],
+    "shared": ["--rotation", "shared"], "shared, refit": ["--rotation", "shared", "--refit"],
+    "shared, refit, tied": ["--rotation", "shared", "--refit", "--head", "tied"],
+}
+
+
+def quality(args, options):
+    """Perplexity, parameters and token latency of every method at every sparsity, from one run on one model."""
+    setting = slicegpt.parse_arguments(options)
+    model, tokenizer, evaluation, device = slicegpt.prepare(setting)
+    calibration = slicegpt.calibration_tokens(setting, tokenizer)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    rows, models = [("dense", 0.0)], [model.to(device).eval()]
+    for method, flags in METHODS.items():
+        for sparsity in args.sparsities if tied or "tied" not in flags else []:
+            sliced = slicegpt.parse_arguments([*options, *flags, "--sparsity", str(sparsity)])
+            rows.append((method, sparsity))
+            models.append(slicegpt.slice_as_asked(sliced, copy.deepcopy(model), calibration, device)[0])
+    table = []
+    seconds = decode_seconds(models, 1, min(128, setting.seqlen // 2), min(50, setting.seqlen // 2 - 4), device)
+    print(f"{setting.model}: {len(evaluation)} x {setting.seqlen} tokens of {setting.eval}, calibrated on "
+          f"{len(calibration)} x {setting.seqlen} of {setting.calibration}; one token on {device}, batch 1")
+    print(f"{'':22}{'sparsity':>9}{'parameters':>15}{'share':>8}{'perplexity':>12}{'ms/token':>10}{'time':>7}")
+    for (method, sparsity), network, times in zip(rows, models, seconds):
+        table.append({"method": method, "sparsity": sparsity, "parameters": parameters(network),
+                      "perplexity": slicegpt.perplexity(network, evaluation), "seconds": quantiles(times)[0],
+                      "time": quantiles([s / d for s, d in zip(times, seconds[0])])[0]})
+        row = table[-1]
+        print(f"{method:22}{sparsity:>9.0%}{row['parameters']:>15,}{row['parameters'] / parameters(model):>8.2f}"
+              f"{row['perplexity']:>12.2f}{1e3 * row['seconds']:>10.2f}{row['time']:>7.2f}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=2) + "\n")
+    if args.plot:
+        pyplot = slicegpt.optional("matplotlib.pyplot")
+        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+        for axis, key, label in zip(axes, ("parameters", "time"), ("parameters", "time per token (dense: 1)")):
+            for method in dict.fromkeys(name for name, _ in rows):
+                points = sorted((row[key], row["perplexity"]) for row in table if row["method"] == method)
+                axis.plot(*zip(*points), marker="o", label=method)
+            axis.set(xlabel=label, yscale="log")
+            axis.grid(True, which="both", alpha=0.3)
+        axes[0].set_ylabel("perplexity")
+        axes[0].legend()
+        figure.tight_layout()
+        figure.savefig(args.plot)
+
+
+@torch.no_grad()
+def spectrum(args, options):
+    """Figure 8: the eigenvalues of the FFN's inputs in each layer of the dense network, relative to the largest."""
+    setting = slicegpt.parse_arguments(options)
+    model, tokenizer, _, device = slicegpt.prepare(setting)
+    calibration = slicegpt.calibration_tokens(setting, tokenizer)
+    slicegpt.fuse(model.eval())
+    parts = slicegpt.architecture(model.config)
+    norm, X, lines = model.get_submodule(parts.norm), slicegpt.signals(model, calibration, setting.batch_size), []
+    for _, layer, stage, others, kwargs in slicegpt.sweep(model, calibration, device):
+        if parts.ffn in stage.blocks:
+            lines.append(slicegpt.pca(sum(slicegpt.covariance(norm(x.to(device))) for x in X))[0].clamp_min(0).cpu())
+        X = [slicegpt.wait(stage(layer, x, x, *others, **kwargs)) for x in (x.to(device) for x in X)]
+    print(f"{setting.model}, inputs of the FFN, {len(calibration)} x {setting.seqlen} tokens of {setting.calibration}: "
+          f"of {model.config.hidden_size} dimensions, how many have that share of the variance")
+    shares = (0.9, 0.99, 0.999)
+    print(f"{'layer':>5}" + "".join(f"{share:>9.1%}" for share in shares))
+    for number, eigenvalues in enumerate(lines):
+        left = eigenvalues.cumsum(0) / eigenvalues.sum()
+        print(f"{number:>5}" + "".join(f"{1 + int((left < share).sum()):>9}" for share in shares))
+    if args.json:
+        args.json.write_text(json.dumps([(line / line[0]).tolist() for line in lines]) + "\n")
+    if args.plot:
+        pyplot = slicegpt.optional("matplotlib.pyplot")
+        figure, axis = pyplot.subplots(figsize=(7, 4.5))
+        for number, line in enumerate(lines):
+            axis.semilogy(line / line[0], color=pyplot.cm.viridis(number / max(1, len(lines) - 1)), linewidth=0.8)
+        axis.set(xlabel="principal component", ylabel="eigenvalue / largest", ylim=(1e-6, 1.5),
+                 title="inputs of the FFN, first layer dark, last layer bright")
+        figure.tight_layout()
+        figure.savefig(args.plot)
+
+
+def real_model(command, argv):
+    """`quality` and `spectrum`: what is not an option here is one of slicegpt.py."""
+    parser = argparse.ArgumentParser(f"bench.py {command}", epilog="All other options are slicegpt.py's.")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="of quality")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the figures here")
+    args, options = parser.parse_known_args(argv)
+    if args.plot:
+        slicegpt.optional("matplotlib").use("Agg")
+    torch.manual_seed(0)
+    {"quality": quality, "spectrum": spectrum}[command](args, options)
+
+
 def main():
+    if sys.argv[1:2] in (["quality"], ["spectrum"]):
+        return real_model(sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", nargs="?", choices=["latency", "cost"], default="latency")
+    add("command", nargs="?", choices=["latency", "cost", "quality", "spectrum"], default="latency")
     add("--shape", choices=SHAPES, default="opt-125m")
     add("--sparsity", type=float, default=0.25)
     add("--layers", type=int, help="latency: measure this many layers and extrapolate; cost: build this many")

@@ -24,9 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench
 import slicegpt
-from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance, embeddings, fuse, layers,
-                      load, main, matrix, parameters, pca, perplexity, read_text, rotate, save, slice_model,
-                      sliced_dimension, stages, tokenize)
+from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance,
+                      dimension_for, embeddings, fuse, layers, least_squares, load, main, matrix, parameters, pca,
+                      perplexity, read_text, rotate, save, shared_rotation, slice_and_refit, slice_model,
+                      sliced_dimension, stages, standard, tie_head, tokenize)
 
 settings.register_profile("paper", deadline=None, max_examples=50, print_blob=True,
                           suppress_health_check=list(HealthCheck))
@@ -34,6 +35,7 @@ settings.load_profile("paper")
 transformers.logging.set_verbosity_error()
 HERE = Path(__file__).parent
 VOCABULARY = 40
+NOT_GPT2 = [family for family in ARCHITECTURES if family != "gpt2"]  # whose signals must all be of one width
 
 
 # ---- Random networks, and an oracle in double precision -------------------------------------------------------------
@@ -301,17 +303,17 @@ def test_every_sliced_signal_is_the_best_projection_of_what_the_sliced_blocks_co
         d = sliced_dimension(model.config.hidden_size, sparsity, 2)
         X = signals(fused, tokens)[0]
         Q0 = pca(X.T @ X)[1][:, :d]
-        assert_same(subspace(signals(sliced, tokens)[0] @ Q0.T), subspace(X @ Q0 @ Q0.T), 1e-8)
+        assert_same(gram(signals(sliced, tokens)[0] @ Q0.T), gram(X @ Q0 @ Q0.T), 1e-8)
         # the first blocks on the projected signal, in the full basis
         Qs = [Q0 @ Q0.T] + [torch.eye(len(Q0)).double()] * (len(fused.config.slicegpt["dimensions"]) - 1)
         rotate(fused, Qs)
         X = signals(fused, tokens)[1]
         Q1 = pca(X.T @ X)[1][:, :d]
-        found = signals(sliced, tokens)[1]
-        assert_same(found @ found.T, (X @ Q1) @ (X @ Q1).T, 1e-8)  # free of the eigenvectors' signs
+        assert_same(gram(signals(sliced, tokens)[1]), gram(X @ Q1), 1e-8)
 
 
-def subspace(X):
+def gram(X):
+    """Of the signals' rows with each other: free of the signs of eigenvectors."""
     return X @ X.T
 
 
@@ -322,8 +324,7 @@ def test_pca_of_the_norms_output_is_that_of_the_papers_text():
     X = signals(model, tokens)[0]
     for sliced, observed in ((by_input, X), (by_output, RMSNorm(16, 1e-6)(X))):
         Q = pca(observed.T @ observed)[1][:, :8]
-        found = signals(sliced, tokens)[0]
-        assert_same(found @ found.T, X @ Q @ Q.T @ X.T, 1e-9)
+        assert_same(gram(signals(sliced, tokens)[0]), gram(X @ Q), 1e-9)
 
 
 # ---- Section 3.4 ----------------------------------------------------------------------------------------------------
@@ -349,17 +350,21 @@ def test_slicing_nothing_changes_nothing(model, batch, slice_head, signal, batch
     assert_same(logits(model, batch), expected)
 
 
-@given(networks(), batches(), st.integers(0, 2**31))
-def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, seed):
-    """Section 1's idea at its extreme: everything that is written into the signal lies in d of the D dimensions."""
-    D, d = model.config.hidden_size, 4
-    span = random_rotation(D, seed)[:, :d]
+def narrow_signals(model, span):
+    """Projects all that is written into the signal on the columns of `span`."""
     for embedding in embeddings(model):
         embedding.weight.data = embedding.weight.data @ span @ span.T
     for layer in layers(model):
         for W_out in (W_out for stage in stages(model) for W_out in stage.writers(layer)):
             slicegpt.set_matrix(W_out, matrix(W_out) @ span @ span.T,
                                 None if W_out.bias is None else W_out.bias @ span @ span.T)
+
+
+@given(networks(), batches(), st.integers(0, 2**31))
+def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, seed):
+    """Section 1's idea at its extreme: everything that is written into the signal lies in d of the D dimensions."""
+    D, d = model.config.hidden_size, 4
+    narrow_signals(model, random_rotation(D, seed)[:, :d])
     expected = logits(model, batch)
     with Double():
         slice_model(model, random_tokens(16, 16), 1 - d / D, round_to=1)
@@ -390,9 +395,20 @@ def test_the_sliced_dimension(D, sparsity, round_to):
     assert sliced_dimension(100, 0.9, 1) == 10 and sliced_dimension(768, 0.25) == 576
 
 
+@given(networks(NOT_GPT2), batches())
+def test_an_unsliced_head_runs(model, batch):
+    """The last signal is wider than all others, and the last stage's shortcut is not square."""
+    with Double():
+        slice_model(model, random_tokens(8, 12), 0.5, round_to=2, slice_head=False)
+    D, tokens = model.config.hidden_size, batch[0]
+    assert [X.shape[1] for X in signals(model, tokens)] == model.config.slicegpt["dimensions"]
+    assert logits(model, batch).isfinite().all() and signals(model, tokens)[-1].shape[1] == D
+
+
 @given(networks(), st.sampled_from([0, 0.25, 0.5]), st.booleans())
 def test_shapes_and_the_number_of_parameters(model, sparsity, slice_head):
     """Every matrix that reads or writes the signal loses rows or columns, and a shortcut comes in per stage."""
+    slice_head |= model.config.model_type == "gpt2"
     slice_model(model, random_tokens(4, 8), sparsity, round_to=2, slice_head=slice_head)
     D, config = model.config.hidden_size, model.config
     d = sliced_dimension(D, sparsity, 2)
@@ -446,6 +462,264 @@ def test_slicing_ignores_dropout_and_how_the_samples_are_batched():
     found = slice_model(model.train(), tokens, 0.5, batch_size=4).state_dict()
     for name, tensor in expected.items():
         assert_same(found[name].abs(), tensor.abs(), 1e-8)  # signs of eigenvectors are free
+
+
+# ---- Appendix A.4 ---------------------------------------------------------------------------------------------------
+
+@given(networks(NOT_GPT2), st.sampled_from([0, 0.001, 0.05, 0.3]), st.sampled_from([1, 2, 5]), st.booleans())
+def test_slicing_by_variance_keeps_the_least_dimensions_that_discard_no_more(model, share, round_to, slice_head):
+    tokens, D = random_tokens(8, 12), model.config.hidden_size
+    with Double():
+        fused = copy.deepcopy(model)
+        fuse(fused)
+        slice_model(model, tokens, discard_variance=share, round_to=round_to, slice_head=slice_head)
+        X = signals(fused, tokens)[0]
+    dimensions = model.config.slicegpt["dimensions"]
+    eigenvalues = pca(X.T @ X)[0]
+    discarded = lambda d: (eigenvalues[d:].sum() / eigenvalues.sum()).item()
+    d = dimensions[0]
+    assert (d % round_to == 0 or d == D) and discarded(d) <= share + 1e-12
+    fewer = (d - 1) // round_to * round_to
+    assert fewer == 0 or discarded(fewer) > share - 1e-12
+    assert slice_head or dimensions[-1] == D
+    found = [getattr(layer, stage.shortcut).shape for layer in layers(model) for stage in stages(model)]
+    assert found == list(zip(dimensions, dimensions[1:]))  # rectangular
+    assert [X.shape[1] for X in signals(model, tokens)] == dimensions
+
+
+@given(networks(NOT_GPT2), batches())
+def test_discarding_no_variance_changes_nothing(model, batch):
+    expected = logits(model, batch)
+    with Double():
+        slice_model(model, random_tokens(16, 16), discard_variance=1e-25, round_to=1)
+    assert_same(logits(model, batch), expected, 1e-8)
+
+
+# ---- Beyond the paper -----------------------------------------------------------------------------------------------
+
+def least_squares_by_hand(H, T):
+    """The same least squares fit, its ridge written as more rows of the problem."""
+    ridge = (0.01 * (H**2).sum() / H.shape[1]).sqrt() * torch.eye(H.shape[1]).double()
+    nothing = torch.zeros(len(ridge), T.shape[1]).double()
+    return torch.linalg.lstsq(torch.cat([H, ridge]), torch.cat([T, nothing])).solution
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
+def test_least_squares(N, h, t, seed):
+    torch.manual_seed(seed)
+    H, T = torch.randn(3, N, h).double(), torch.randn(3, N, t).double()
+    assert_same(least_squares(zip(H, T), ""), least_squares_by_hand(H.flatten(0, 1), T.flatten(0, 1)), 1e-9)
+    assert not least_squares([(H, 0 * T)], "").any() and not least_squares([(0 * H, T)], "").any()
+
+
+@given(networks())
+def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model):
+    tokens, D = random_tokens(8, 12), model.config.hidden_size
+    with Double():
+        Q = shared_rotation(model, tokens, batch_size=3)
+        C = 0
+        for X in signals(model, tokens):
+            for x, weight in ((X / (X.square().mean(-1, keepdim=True) + model_eps(model)).sqrt(), 1), (X, 0.3)):
+                C = C + weight * x.T @ x / (x.T @ x).trace()
+    assert_same(Q @ Q.T, torch.eye(D).double())
+    rotated = Q.T @ C @ Q
+    assert_same(rotated, rotated.diag().diag(), 1e-9)
+    assert (rotated.diag().diff() <= 1e-9).all()
+
+
+def model_eps(model):
+    return model.get_submodule(architecture(model.config).norm).eps
+
+
+def sliced_beyond(model, tokens, sparsity, shared: bool, **options):
+    """slice_and_refit, with a rotation of each of its two kinds."""
+    Q = shared_rotation(model, tokens) if shared else None
+    return slice_and_refit(model, tokens, sparsity, Q=Q, **options)
+
+
+@given(networks(), batches(), st.booleans(), st.integers(1, 4))
+def test_refitting_an_unsliced_network_changes_nothing(model, batch, shared, batch_size):
+    expected = logits(model, batch)
+    with Double():
+        sliced_beyond(model, random_tokens(3, 3), 0, shared, batch_size=batch_size)
+    assert any("shortcut" in name for name, _ in model.named_parameters()) != shared
+    assert_same(logits(model, batch), expected)
+
+
+@given(networks(), st.booleans())
+def test_refit_by_hand(model, shared):
+    """The first stage's and the head's weights, from the dense network's signals and from those of the sliced one."""
+    tokens, D, sparsity = random_tokens(8, 12), model.config.hidden_size, 0.5
+    with Double(), torch.no_grad():
+        fuse(model)
+        dense, norm = copy.deepcopy(model), RMSNorm(D, model_eps(model))
+        sliced_beyond(model, tokens, sparsity, shared, round_to=2)
+        d = sliced_dimension(D, sparsity, 2)
+        wide, narrow = signals(dense, tokens), signals(model, tokens)
+        Qs = [shared_rotation(dense, tokens)] * 2 if shared else [pca(X.T @ X)[1] for X in wide[:2]]
+        # the eigenvectors' signs are free: take those of the sliced network
+        Q, Q_next = (rotation[:, :d] for rotation in Qs)
+        E = matrix(embeddings(dense)[0])
+        signs = torch.sign((E @ Q * matrix(embeddings(model)[0])).sum(0))
+        Q = Q * signs
+        assert_same(narrow[0], wide[0] @ Q, 1e-8)
+        A = Q + least_squares_by_hand(norm(narrow[0]), norm(wide[0]) - norm(narrow[0]) @ Q.T).T
+        layer, full, stage = layers(model)[0], layers(dense)[0], stages(model)[0]
+        for found, original in zip(stage.readers(layer), stage.readers(full)):
+            assert_same(matrix(found), A.T @ matrix(original), 1e-8)
+        H, hooks = [], []
+        for linear in stage.writers(layer):
+            hooks.append(linear.register_forward_pre_hook(lambda _, inputs: H.append(inputs[0].flatten(0, -2))))
+        model(tokens)
+        for hook in hooks:
+            hook.remove()
+        H = torch.cat(H[:len(hooks)], -1)
+        W_out = torch.cat([matrix(linear) for linear in stage.writers(full)])
+        b_out = sum((linear.bias for linear in stage.writers(full) if linear.bias is not None), torch.zeros(D).double())
+        if shared:
+            Q_next, residual = Q, narrow[0]
+        else:
+            S = getattr(layer, stage.shortcut)
+            Q_next = Q_next * torch.sign((Q.T @ Q_next * S).sum(0))
+            assert_same(S, Q.T @ Q_next, 1e-8)
+            residual = narrow[0] @ S
+        error = wide[1] @ Q_next - residual - (H @ W_out + b_out) @ Q_next
+        found = torch.cat([matrix(linear) for linear in stage.writers(layer)])
+        assert_same(found, W_out @ Q_next + least_squares_by_hand(H, error), 1e-7)
+
+
+@given(networks(), batches(), st.booleans(), st.integers(0, 2**31))
+def test_refitting_is_lossless_when_the_signal_spans_few_dimensions(model, batch, shared, seed):
+    D, d = model.config.hidden_size, 4
+    narrow_signals(model, random_rotation(D, seed)[:, :d])
+    expected = logits(model, batch)
+    with Double():
+        sliced_beyond(model, random_tokens(16, 16), 1 - d / D, shared, round_to=1)
+    assert_same(logits(model, batch), expected, 1e-7)
+
+
+def test_refit_helps():
+    """Where slicing hurts, the dense network's logits are nearer to the refitted network's; on other tokens too."""
+    tokens, batch = random_tokens(64, 16), (random_tokens(8, 16, 1), torch.ones(8, 16, dtype=torch.long))
+    for family, options in (("llama", TINY), ("opt", TINY_OPT), ("phi", TINY)):
+        for shared in (False, True):
+            dense = network(family, 0, **options)
+            for parameter in dense.parameters():  # as mild as trained weights are
+                parameter.data = parameter.data / 4 if parameter.dim() > 1 else 1 + parameter.data / 8
+            plain, refitted = copy.deepcopy(dense), copy.deepcopy(dense)
+            if shared:
+                rotate(plain, shared_rotation(plain, tokens)[:, :8])
+            else:
+                slice_model(plain, tokens, 0.5)
+            sliced_beyond(refitted, tokens, 0.5, shared)
+            expected = logits(dense, batch)
+            assert (logits(refitted, batch) - expected).norm() < 0.97 * (logits(plain, batch) - expected).norm()
+
+
+STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3")
+
+
+@settings(max_examples=60)
+@given(networks(), batches(), st.sampled_from([0, 0.25, 0.5]), st.booleans())
+def test_a_sliced_model_of_these_families_is_a_standard_one(tmp_path_factory, model, batch, sparsity, refit):
+    """Saved, it is loaded by Hugging Face's own class without any code of ours, and gives the same logits."""
+    directory, tokens = tmp_path_factory.mktemp("models") / "model", random_tokens(8, 12)
+    family, d = model.config.model_type, sliced_dimension(model.config.hidden_size, sparsity, 2)
+    with Double():
+        if refit:
+            sliced_beyond(model, tokens, sparsity, True, round_to=2)
+        else:
+            rotate(model, shared_rotation(model, tokens)[:, :d])
+    expected = logits(model, batch)
+    stock, why = standard(model)
+    if family not in STANDARD:
+        assert stock is model and why in ("its norms are LayerNorms, which subtract a mean",
+                                          "a helium's heads must add up to its hidden size")
+        return
+    assert not why and not isinstance(stock, SlicedForCausalLM) and stock.dtype == torch.float64
+    assert_same(logits(stock, batch), expected)
+    save(stock, tiny_tokenizer(), directory)
+    assert not list(directory.glob("*.py"))
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert type(loaded).__module__.startswith("transformers.models.") and loaded.config.hidden_size == d
+    assert not hasattr(loaded.config, "slicegpt") and not hasattr(loaded.config, "auto_map")
+    assert_same(logits(loaded, batch), expected)
+
+
+def test_what_is_not_standard_says_why():
+    model, tokens = sliced_network(), random_tokens(8, 12)
+    assert standard(model) == (model, "it has shortcuts")
+    model = network("llama", 0, **TINY, tie_word_embeddings=True)
+    rotate(model, shared_rotation(model, tokens)[:, :8])
+    tie_head(model)
+    assert standard(model) == (model, "its head is tied through a matrix of its own")
+
+
+def test_a_standard_model_is_sliced_further():
+    model, tokens = network("llama", 0, **TINY), random_tokens(8, 12)
+    rotate(model, shared_rotation(model, tokens)[:, :12])
+    stock, _ = standard(model)
+    slice_model(stock, tokens, 0.5, round_to=2)
+    assert stock.config.slicegpt["dimensions"] == [6] * 5
+
+
+@settings(max_examples=25)
+@given(networks(), st.floats(0.3, 1.3), st.sampled_from([1, 2, 3]), st.booleans(),
+       st.sampled_from(["sliced", "full", "tied"]))
+def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, shared, head):
+    """It fits, and the next larger does not; as counted in a network that is really sliced."""
+    D, signals = model.config.hidden_size, 1 + len(layers(model)) * len(stages(model))
+    head = "sliced" if head == "full" and (shared or model.config.model_type == "gpt2") else head
+    shape = lambda d: {"dimensions": [d] * (signals - 1) + [D if head == "full" else d], "shortcuts": not shared,
+                       "tied": head == "tied"}
+
+    def size(d):
+        sliced, tokens = copy.deepcopy(model), random_tokens(4, 8)
+        if shared:
+            rotate(sliced, shared_rotation(sliced, tokens)[:, :d])
+        else:
+            slice_model(sliced, tokens, 1 - d / D, round_to=1, slice_head=head != "full")
+        if head == "tied":
+            tie_head(sliced)
+        return parameters(standard(sliced)[0])
+
+    dense = parameters(model)
+    try:
+        d = dimension_for(model, share, round_to, shape)
+    except SliceGPTError as error:
+        assert f": {size(round_to) / dense:.3f} to {size(D // round_to * round_to) / dense:.3f}" in str(error)
+        assert size(round_to) > share * dense
+    else:
+        assert d % round_to == 0 and size(d) <= share * dense
+        assert d + round_to > D or size(d + round_to) > share * dense
+
+
+@given(networks([family for family in STANDARD]), batches())
+def test_a_tied_head_is_exact_while_nothing_is_sliced(model, batch):
+    """A norm's scale between embedding and head is one of the matrices that B can be."""
+    if not model.config.tie_word_embeddings:
+        model.get_output_embeddings().weight.data = model.get_input_embeddings().weight.data.clone()
+    expected, size = logits(model, batch), parameters(model)
+    fuse(model)
+    tie_head(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert_same(logits(model, batch), expected, 1e-9)
+    rotate(model, random_rotation(model.config.hidden_size, 0))  # Theorem 1, with B
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert_same(logits(model, batch), expected, 1e-9)
+
+
+@given(networks(), st.booleans())
+def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, shared):
+    with Double():
+        sliced_beyond(model, random_tokens(8, 12), 0.5, shared, round_to=2)
+    E, W = matrix(model.get_input_embeddings()), matrix(model.get_output_embeddings())
+    size, head_bias = parameters(model), model.get_output_embeddings().bias
+    tie_head(model)
+    B = matrix(model.get_submodule(architecture(model.config).norm)[1])
+    assert ((W - B @ E.T) @ E).norm() < 1e-9 * W.norm() * E.norm() ** 2
+    assert parameters(model) == size - W.numel() + B.numel()
+    assert model.get_output_embeddings().bias is head_bias
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -538,8 +812,9 @@ def tiny_tokenizer():
                                                 bos_token="<s>", unk_token="<unk>")
 
 
-@settings(max_examples=15)
-@given(networks(), st.sampled_from(["fused", "rotated", "rotated per block", "sliced"]))
+@settings(max_examples=40)
+@given(networks(), st.sampled_from(["fused", "rotated", "rotated per block", "sliced", "by variance", "refitted",
+                                    "shared", "tied", "shared and tied"]))
 def test_a_saved_model_is_loaded_bit_for_bit(tmp_path_factory, model, state):
     directory = tmp_path_factory.mktemp("models") / "a" / "model"
     D = model.config.hidden_size
@@ -548,8 +823,16 @@ def test_a_saved_model_is_loaded_bit_for_bit(tmp_path_factory, model, state):
         rotate(model, random_rotation(D, 0))
     if state == "rotated per block":
         rotate(model, [random_rotation(D, i) for i, _ in enumerate(model.config.slicegpt["dimensions"])])
-    if state == "sliced":
+    if state in ("sliced", "tied"):
         slice_model(model, random_tokens(4, 8), 0.5, round_to=2)
+    if state == "by variance":
+        slice_model(model, random_tokens(4, 8), discard_variance=0.1, round_to=1)
+    if state == "refitted":
+        slice_and_refit(model, random_tokens(4, 8), 0.5, round_to=2)
+    if "shared" in state:
+        rotate(model, shared_rotation(model, random_tokens(4, 8))[:, :D // 2])
+    if "tied" in state:
+        tie_head(model)
     save(model, tiny_tokenizer(), directory)
     loaded, tokenizer = load(directory)
     expected, found = model.state_dict(), loaded.state_dict()
@@ -726,6 +1009,10 @@ def test_slice_model_refuses_bad_arguments():
     with pytest.raises(SliceGPTError, match="longer than the model's 32 positions"):
         slice_model(model, random_tokens(1, 33))
     assert not isinstance(model, SlicedForCausalLM)
+    gpt2 = network("gpt2", 0, hidden_size=16, n_layer=1, n_head=2)
+    for options in ({"slice_head": False}, {"discard_variance": 0.1}):
+        with pytest.raises(SliceGPTError, match="a gpt2's last signal must be as wide as its first"):
+            slice_model(gpt2, tokens, **options)
     slice_model(model, tokens)
     with pytest.raises(SliceGPTError, match="sliced already"):
         slice_model(model, tokens)
@@ -734,7 +1021,7 @@ def test_slice_model_refuses_bad_arguments():
 def test_a_signal_that_is_not_finite_names_its_layer():
     model = network("llama", 0, **TINY).half()
     model.model.layers[1].mlp.down_proj.weight.data *= 1e4
-    with pytest.raises(SliceGPTError, match="not finite after layer 1, mlp.*float16.*--dtype float32"):
+    with pytest.raises(SliceGPTError, match="not finite after layer 1, mlp.*--dtype float32"):
         slice_model(model, random_tokens(4, 8))
 
 
@@ -747,6 +1034,8 @@ def tiny(tmp_path_factory):
     model = network("llama", 0, **TINY).float()
     model.save_pretrained(path / "model")
     tiny_tokenizer().save_pretrained(path / "model")
+    network("llama", 0, **TINY, tie_word_embeddings=True).float().save_pretrained(path / "tied")
+    tiny_tokenizer().save_pretrained(path / "tied")
     (path / "text").write_text("the quick brown fox jumps over the lazy dog and reads a book about slicing" * 40)
     return path, ["--model", str(path / "model"), "--calibration", str(path / "text"), "--eval", str(path / "text"),
                   "--prompt", "the"]
@@ -783,14 +1072,98 @@ def test_the_program_from_end_to_end(tiny, tmp_path):
     assert code == 0 and f"{report['sliced_perplexity']:.2f}" in out and "dense" not in out
 
 
+@pytest.mark.parametrize("flags, expected", [
+    (["--rotation", "shared"], {"dimensions": None}),
+    (["--rotation", "shared", "--refit"], {"dimensions": None}),
+    (["--refit"], {"dimensions": [8] * 5, "shortcuts": True}),
+    (["--refit", "--head", "full"], {"dimensions": [8] * 4 + [16], "shortcuts": True}),
+    (["--no-slice-head"], {"dimensions": [8] * 4 + [16], "shortcuts": True}),
+    (["--head", "tied"], {"dimensions": [8] * 5, "shortcuts": True, "tied": True}),
+    (["--rotation", "shared", "--refit", "--head", "tied"], {"dimensions": [8] * 5, "shortcuts": False, "tied": True}),
+], ids=lambda flags: " ".join(flags) if isinstance(flags, list) else "")
+def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expected):
+    """What is saved computes what was measured, as does the same method called from Python."""
+    path, options = tiny
+    code, out, _ = command(*options, "--model", path / "tied", "--sparsity", "0.5", "--samples", "9",
+                           "--eval-samples", "5", *flags, "--save", tmp_path / "sliced", "--report", tmp_path / "json")
+    report, (model, tokenizer) = json.loads((tmp_path / "json").read_text()), load(tmp_path / "sliced")
+    assert code == 0 and report["sliced_dimension"] == 8 and report["sliced_parameters"] == parameters(model)
+    if expected["dimensions"] is None:
+        assert "an ordinary llama model" in out and not isinstance(model, SlicedForCausalLM)
+        assert model.config.hidden_size == 8
+    else:
+        assert "trust_remote_code=True" in out and model.config.slicegpt == expected
+        assert ("matrix of its own" if flags[-1] == "tied" and "shared" in flags else "shortcuts") in out
+    tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 5)
+    assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-6)
+    model, calibration = load(path / "tied")[0], tokenize(tokenizer, (path / "text").read_text(), 32, 9, 0)
+    if "--refit" in flags:
+        sliced_beyond(model, calibration, 0.5, "shared" in flags, slice_head="full" not in flags)
+    elif "shared" in flags:
+        rotate(model, shared_rotation(model, calibration)[:, :8])
+    else:
+        slice_model(model, calibration, 0.5, slice_head="--no-slice-head" not in flags)
+    if "tied" in flags:
+        tie_head(model)
+    assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [[], ["--rotation", "shared"], ["--head", "tied"], ["--no-slice-head"]])
+def test_a_size_from_the_command_line(tiny, tmp_path, flags):
+    path, options = tiny
+    code, _, _ = command(*options, "--model", path / "tied", "--params", "0.8", "--round-to", "1", "--samples", "4",
+                         "--eval-samples", "2", *flags, "--report", tmp_path / "json")
+    report = json.loads((tmp_path / "json").read_text())
+    assert code == 0 and 0.6 < report["sliced_parameters"] / report["dense_parameters"] <= 0.8
+
+
+def test_a_share_of_the_variance_from_the_command_line(tiny, tmp_path):
+    path, options = tiny
+    code, out, _ = command(*options, "--discard-variance", "0.2", "--round-to", "1", "--samples", "4",
+                           "--eval-samples", "2", "--save", tmp_path / "sliced")
+    dimensions = load(tmp_path / "sliced")[0].config.slicegpt["dimensions"][:-1]
+    assert code == 0 and len(set(dimensions)) > 1 and f"{min(dimensions)} to {max(dimensions)}" in out
+
+
+def test_the_benchmark_of_quality_and_the_spectrum(tiny, tmp_path, monkeypatch, capsys):
+    path, options = tiny
+    options = [*options, "--model", str(path / "tied"), "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
+    for name, extra in (("quality", ["--sparsities", "0.25", "0.5"]), ("spectrum", [])):
+        monkeypatch.setattr(sys, "argv", ["bench.py", name, *options, *extra, "--json", str(tmp_path / name)])
+        bench.main()
+    table = json.loads((tmp_path / "quality").read_text())
+    assert [(row["method"], row["sparsity"]) for row in table] == [("dense", 0)] + [
+        (method, sparsity) for method in bench.METHODS for sparsity in (0.25, 0.5)]
+    dense, tokenizer = load(path / "tied")
+    assert table[0]["parameters"] == parameters(dense) and table[0]["time"] == 1
+    tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 2)
+    assert math.isclose(table[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-6)
+    assert all(row["seconds"] > 0 and row["parameters"] > 0 and row["perplexity"] > 1 for row in table)
+    assert len({row["perplexity"] for row in table}) == len(table)
+    lines = json.loads((tmp_path / "spectrum").read_text())
+    assert len(lines) == 2 and all(len(line) == 16 and line[0] == 1 and line == sorted(line)[::-1] for line in lines)
+    fuse(dense)
+    X = RMSNorm(16, 1e-6)(signals(dense, tokenize(tokenizer, (path / "text").read_text(), 32, 4, 0))[1])
+    eigenvalues = pca(covariance(X))[0]
+    assert_same(torch.tensor(lines[0]).double(), eigenvalues / eigenvalues[0], 1e-4)
+
+
 BAD_INPUT = {
-    "sparsity above 1": (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1"),
-    "sparsity 1": (["--sparsity", "1"], "sparsity must be at least 0 and below 1"),
-    "sparsity below 0": (["--sparsity=-0.5"], "sparsity must be at least 0 and below 1"),
+    "two sizes": (["--sparsity", "0.5", "--params", "0.5"], "not allowed with argument"),
+    "parameters out of reach": (["--params", "0.01"], "share 0.01 of the parameters cannot be reached"),
+    "multiples out of reach": (["--params", "0.5", "--round-to", "32"], "cannot be reached"),
+    "variance 1": (["--discard-variance", "1"], "must be at least 0 and below 1"),
+    "variance with one rotation": (["--rotation", "shared", "--discard-variance", "0.1"], "one dimension throughout"),
+    "full head with one rotation": (["--rotation", "shared", "--head", "full"], "one dimension throughout"),
+    "pca of the output with refit": (["--refit", "--pca", "output"], "--pca is for the paper's method"),
+    "tied head without a tie": (["--head", "tied"], "whose head and embedding are one matrix"),
+    "sparsity above 1": (["--sparsity", "1.5"], "must be at least 0 and below 1"),
+    "sparsity 1": (["--sparsity", "1"], "must be at least 0 and below 1"),
+    "sparsity below 0": (["--sparsity=-0.5"], "must be at least 0 and below 1"),
     "sparsity no number": (["--sparsity", "half"], "argument --sparsity"),
     "nothing left": (["--sparsity", "0.9"], "leaves none of the 16 dimensions"),
     "unknown option": (["--colour", "red"], "unrecognized arguments"),
-    "no samples": (["--samples", "0"], "argument --samples: 0 is less than 1"),
+    "no samples": (["--samples", "0"], "argument --samples: 0 must be at least 1"),
     "hub out of reach": (["--model", "facebook/opt-125m"], "cannot be reached; use a local directory, or --model demo"),
     "no such directory": (["--model", "./nowhere"], "cannot load ./nowhere: there is no such file or directory"),
     "no such gguf": (["--model", "nowhere.gguf"], "cannot load nowhere.gguf: there is no such file or directory"),
