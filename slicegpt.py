@@ -613,8 +613,8 @@ def slice_and_refit(model, calibration: Tensor, sparsity: float = 0.25, *, Q: Te
     X_small (N, d), go through the layers side by side, and each weight of the sliced network gets what a least squares
     fit, on what came out of the weights before it, adds to its sliced self:
 
-        W_in <- (Q D + A)^T W_in         A: (RMSNorm(X_small) A^T) ~ RMSNorm(X) - RMSNorm(X_small) (Q D)^T
-        W_out <- W_out Q_next D + B      B: (H B) ~ X_next Q_next D - X_small,next    with H (N, inputs) of this W_out
+        W_in <- (Q D + A)^T W_in         A: RMSNorm(X_small) A^T ~ RMSNorm(X) - RMSNorm(X_small) (Q D)^T
+        W_out <- W_out Q_next D + B      B: H B ~ X_next Q_next D - X_small,next    with H (N, inputs) of this W_out
 
     Q: the shared rotation (D, D), and then there are no shortcuts; by default each signal has its own (Figure 4): the
     principal components of the *dense* network's signal, since that is what the fits aim at. The other arguments,
@@ -696,18 +696,21 @@ def least_squares(pairs, where: str) -> Tensor:
 
 
 @torch.no_grad()
-def tie_head(model):
+def tie_head(model, calibration: Tensor | None = None):
     """Gives a fused model, in place, the embedding's matrix back as its head, with a small matrix B in front.
 
     Fusing, slicing and refitting leave a head W (d, V) that is no longer the embedding E (V, d), but is still made of
-    it: W ~ B E^T with B = W E (E^T E)^-1 (d, d), the least squares over all tokens V. For models whose embedding and
-    head were one matrix; a small model has much of its size there.
+    it: W ~ B E^T with B = W P E (E^T P E)^-1 (d, d), a least squares fit over the vocabulary. The diagonal P weighs its
+    tokens by their frequency in the calibration tokens, if there are any. For models whose embedding and head were one
+    matrix; a small model has much of its size there.
     """
     embedding, head, path = model.get_input_embeddings(), model.get_output_embeddings(), architecture(model.config).norm
     E, W = matrix(embedding), matrix(head)
-    B = nn.Linear(*W.shape[:1], E.shape[1], bias=False, dtype=model.dtype, device=model.device)
-    if W.device.type != "meta":  # where there are only shapes
-        set_matrix(B, W @ E @ torch.linalg.pinv(E.T @ E, hermitian=True), None)
+    B = nn.Linear(len(W), E.shape[1], bias=False, dtype=model.dtype, device=model.device)
+    if not W.is_meta:  # else there are only shapes
+        counts = torch.bincount((torch.arange(0) if calibration is None else calibration).flatten(), minlength=len(E))
+        PE = (counts / counts.sum().clamp_min(1) + 1 / len(E)).to(E)[:, None] * E  # as if all came up once or so more
+        set_matrix(B, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True), None)
     model.set_submodule(path, nn.Sequential(model.get_submodule(path), B))
     set_matrix(head, E.T, head.bias)
     model.config.slicegpt["tied"] = model.config.tie_word_embeddings = True
@@ -1091,7 +1094,7 @@ def slice_as_asked(args, model, calibration, device) -> tuple[PreTrainedModel, s
     else:
         slice_model(model, calibration, signal=args.pca, **size, **where)
     if args.head == "tied":
-        tie_head(model)
+        tie_head(model, calibration)
     return standard(model)
 
 

@@ -709,15 +709,18 @@ def test_a_tied_head_is_exact_while_nothing_is_sliced(model, batch):
     assert_same(logits(model, batch), expected, 1e-9)
 
 
-@given(networks(), st.booleans())
-def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, shared):
+@given(networks(), st.booleans(), st.booleans())
+def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, shared, weighted):
+    tokens, weights = random_tokens(8, 12), torch.full((VOCABULARY, 1), 1 / VOCABULARY).double()
     with Double():
-        sliced_beyond(model, random_tokens(8, 12), 0.5, shared, round_to=2)
+        sliced_beyond(model, tokens, 0.5, shared, round_to=2)
+    for token in tokens.flatten() if weighted else []:
+        weights[token] += 1 / tokens.numel()
     E, W = matrix(model.get_input_embeddings()), matrix(model.get_output_embeddings())
     size, head_bias = parameters(model), model.get_output_embeddings().bias
-    tie_head(model)
+    tie_head(model, tokens if weighted else None)
     B = matrix(model.get_submodule(architecture(model.config).norm)[1])
-    assert ((W - B @ E.T) @ E).norm() < 1e-9 * W.norm() * E.norm() ** 2
+    assert ((W - B @ E.T) @ (weights * E)).norm() < 1e-9 * W.norm() * E.norm() ** 2  # no better B in any direction
     assert parameters(model) == size - W.numel() + B.numel()
     assert model.get_output_embeddings().bias is head_bias
 
@@ -1104,7 +1107,7 @@ def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expecte
     else:
         slice_model(model, calibration, 0.5, slice_head="--no-slice-head" not in flags)
     if "tied" in flags:
-        tie_head(model)
+        tie_head(model, calibration)
     assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-4)
 
 
