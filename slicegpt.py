@@ -609,17 +609,18 @@ def slice_and_refit(model, calibration: Tensor, sparsity: float = 0.25, *, Q: Te
                     batch_size: int = 8, device=None):
     """Slices like `slice_model`, but fits what is left of the weights to what the dense network does.
 
-    What slicing loses piles up from block to block. So the dense network, with its signal X (N, D), and the sliced one,
-    X_small (N, d), go through the layers side by side, and each weight of the sliced network gets what a least squares
-    fit, on what came out of the weights before it, adds to its sliced self:
+    What slicing loses piles up from block to block. So the dense network with its signal X (N, D) and the sliced one,
+    whose signal Y (N, D) each block reads as Z = Y Q D (N, d), go through the layers side by side. The sliced weights
+    get what a least squares fit of the remaining error adds to them:
 
-        W_in <- (Q D + A)^T W_in         A: RMSNorm(X_small) A^T ~ RMSNorm(X) - RMSNorm(X_small) (Q D)^T
-        W_out <- W_out Q_next D + B      B: H B ~ X_next Q_next D - X_small,next    with H (N, inputs) of this W_out
+        W_in <- (Q D + A)^T W_in    with RMSNorm(Z) A^T ~ RMSNorm(X) - RMSNorm(Z) (Q D)^T
+        W_out <- (W_out + B) Q D    with H B ~ X - Y, both behind the block, and H (N, inputs) what this W_out reads
 
-    Q: the shared rotation (D, D), and then there are no shortcuts; by default each signal has its own (Figure 4): the
-    principal components of the *dense* network's signal, since that is what the fits aim at. The other arguments,
-    and what it raises, are those of `slice_model`. Costs two forward passes of the dense network and two of the sliced
-    one, and the fits.
+    The last Q is that of the next block (Eq. 8): the principal components of Y, refitted, so that no dimension is
+    kept for what the sliced network has lost already.
+
+    Q: the shared rotation (D, D), instead; then there are no shortcuts. The other arguments, and what it raises, are
+    those of `slice_model`. It costs a forward pass of the dense network, two of the sliced one, and the fits.
     """
     device, shared = torch.device(device or model.device), Q
     check_length(model.config, calibration.shape[1])
@@ -628,53 +629,50 @@ def slice_and_refit(model, calibration: Tensor, sparsity: float = 0.25, *, Q: Te
     keep = iter(kept(model, sparsity, discard_variance, round_to, slice_head))
     norm = model.get_submodule(architecture(model.config).norm)
 
-    def rotation(where) -> Tensor:  # (D, d)
+    def rotation(where) -> Tensor:  # Q D (D, d)
         if shared is not None:
             return shared[:, :d].to(device)
-        return principal_components(sum(covariance(x.to(device)) for x in X), next(keep), where)
+        return principal_components(sum(covariance(y.to(device)) for y in Y), next(keep), where)
 
-    def both():  # the two networks' signals, batch by batch
-        return ((x.to(device), x_small.to(device)) for x, x_small in zip(X, X_small))
+    def both():  # X and Z, batch by batch
+        return ((x.to(device), y.to(device) @ Q.to(y.dtype)) for x, y in zip(X, Y))
 
     def input_fit(where) -> Tensor:  # Q D + A (D, d)
-        pairs = ((norm(x_small), norm(x) - norm(x_small) @ Q.T.to(x.dtype)) for x, x_small in both())
-        return Q + least_squares(pairs, where).T
+        return Q + least_squares(((norm(z), norm(x) - norm(z) @ Q.T.to(x.dtype)) for x, z in both()), where).T
 
     X = signals(model, calibration, batch_size)
+    Y = list(X)
     Q = rotation("the embedding")
     dimensions = [Q.shape[1]]
-    X_small = [wait(x.to(device) @ Q.to(x.dtype)) for x in X]
     for embedding in embeddings(model):
         rotate_writer(embedding, Q.to(model.device))
     for where, layer, stage, args, kwargs in sweep(model, calibration, device):
-        dense, A = copy.deepcopy(layer), input_fit(where)
+        dense, A, writers = copy.deepcopy(layer), input_fit(where), stage.writers(layer)
         for linear in stage.readers(layer):
             rotate_reader(linear, A)
-        for i, (x, _) in enumerate(both()):
-            X[i] = wait(stage(dense, x, x, *args, **kwargs))
-        Q_next, writers = rotation(where), stage.writers(layer)
+
+        def forward(z) -> Tensor:  # Y behind the block
+            return stage(layer, z, z @ Q.T.to(z.dtype), *args, **kwargs)
+
+        def output_errors():
+            for i, (x, z) in enumerate(both()):
+                H = []
+                hooks = [linear.register_forward_pre_hook(lambda _, inputs: H.append(inputs[0])) for linear in writers]
+                y = forward(z)
+                for hook in hooks:
+                    hook.remove()
+                X[i] = wait(stage(dense, x, x, *args, **kwargs))
+                yield torch.cat(H, -1), X[i].to(device) - y  # (B, N, inputs of all writers), (B, N, D)
+
+        B = least_squares(output_errors(), where)
+        for linear, rows in zip(writers, B.split([len(matrix(linear)) for linear in writers])):
+            set_matrix(linear, matrix(linear) + rows, linear.bias)
+        Y = [wait(forward(z)) for _, z in both()]
+        Q_next = rotation(where)
         for linear in writers:
             rotate_writer(linear, Q_next)
         if shared is None:
             set_shortcut(model, layer, stage, Q, Q_next)
-
-        def forward(x_small):
-            residual = x_small if shared is not None else x_small @ getattr(layer, stage.shortcut)
-            return stage(layer, x_small, residual, *args, **kwargs)
-
-        def output_errors():
-            for x, x_small in both():
-                H = []
-                hooks = [linear.register_forward_pre_hook(lambda _, inputs: H.append(inputs[0])) for linear in writers]
-                error = x @ Q_next.to(x.dtype) - forward(x_small)
-                for hook in hooks:
-                    hook.remove()
-                yield torch.cat(H, -1), error  # (B, N, inputs of all writers), (B, N, d)
-
-        B = least_squares(output_errors(), where)
-        for linear, rows in zip(writers, B.split([matrix(linear).shape[0] for linear in writers])):
-            set_matrix(linear, matrix(linear) + rows, linear.bias)
-        X_small = [wait(forward(x_small)) for _, x_small in both()]
         Q = Q_next
         dimensions.append(Q.shape[1])
     rotate_reader(model.get_output_embeddings(), input_fit("the last layer").to(model.device))
