@@ -174,6 +174,7 @@ def quality(args, options):
     for method, flags in METHODS.items():
         for sparsity in args.sparsities if tied or "tied" not in flags else []:
             sliced = slicegpt.parse_arguments([*options, *flags, "--sparsity", str(sparsity)])
+            slicegpt.choose_size(sliced, model)
             rows.append((method, sparsity))
             models.append(slicegpt.slice_as_asked(sliced, copy.deepcopy(model), calibration, device)[0])
     table = []

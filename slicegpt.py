@@ -720,38 +720,45 @@ def tie_head(model, calibration: Tensor | None = None):
 def standard(model) -> tuple[PreTrainedModel, str]:
     """A sliced model as one of Hugging Face's own class, equal to it, and ""; or the model, and why there is none.
 
-    Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size`: as D is not the width d any more,
-    x / sqrt(|x|^2 / D + eps) is the stock norm's x / sqrt(|x|^2 / d + eps D / d), times its scale, sqrt(D / d). The
-    model's weights become the new one's.
+    Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms look at |x|^2 / d + eps, ours
+    at |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied
+    by sqrt(d / D), and the norms get a scale of sqrt(D / d). The old model's weights become the new one's.
     """
     shape, parts, config = model.config.slicegpt, architecture(model.config), copy.deepcopy(model.config)
-    D, d = config.hidden_size, shape["dimensions"][0]
+    d, scale = shape["dimensions"][0], math.sqrt(config.hidden_size / shape["dimensions"][0])
     if shape["shortcuts"]:
         return model, "it has shortcuts"
     if shape.get("tied"):
         return model, "its head is tied through a matrix of its own"
     if not hasattr(config, "rms_norm_eps"):
         return model, "its norms are LayerNorms, which subtract a mean"
-    config.head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
-    config.hidden_size, config.rms_norm_eps = d, config.rms_norm_eps * D / d
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.hidden_size = d
     del config.slicegpt, config.auto_map
+    try:
+        config = type(config).from_dict(config.to_dict())  # checks it
+    except Exception as error:
+        return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base(config)
-    weights = model.state_dict()
-    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)}
-    scale = math.sqrt(D / d) - parts.norm_offset
-    weights |= {name: torch.full((d,), scale, dtype=model.dtype, device=model.device) for name in norms}
+    norms = {f"{name}.weight": torch.full((d,), scale - parts.norm_offset, dtype=model.dtype, device=model.device)
+             for name, module in model.named_modules() if isinstance(module, RMSNorm)}
+    weights = model.state_dict() | norms
     if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in stock.state_dict().items()}:
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
-    stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype).to(model.device)
+
+    # Gemma multiplies by the square root of its hidden size what comes out of its embedding: that is sqrt(d / D) less
+    writers = [embedding for embedding in embeddings(model) if not hasattr(embedding, "embed_scale")]
+    writers += [W_out for layer in layers(model) for stage in stages(model) for W_out in stage.writers(layer)]
+    for writer in writers:
+        bias = getattr(writer, "bias", None)
+        set_matrix(writer, matrix(writer) / scale, None if bias is None else bias / scale)
+    stock = base.from_pretrained(None, config=config, state_dict=model.state_dict() | norms, dtype=model.dtype)
     stock.generation_config = model.generation_config
-    for ours, theirs in zip(embeddings(model), embeddings(stock)):
-        if hasattr(theirs, "embed_scale"):  # Gemma multiplies by sqrt(hidden_size) what comes out of its embedding
-            theirs.weight.data = (theirs.weight.double() * ours.embed_scale / theirs.embed_scale).to(model.dtype)
-    return stock, ""
+    return stock.to(model.device), ""
 
 
 def dimension_for(model, share: float, round_to: int, shape) -> int:
@@ -983,7 +990,8 @@ def parse_arguments(argv):
     add("--eval-samples", type=within(int, 1), help="evaluation sequences (default: all of the text)")
     add("--seqlen", type=within(int, 2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
     add("--batch-size", type=within(int, 1), default=8, help="calibration sequences at a time (default: 8)")
-    add("--round-to", type=within(int, 1), default=8, help="make the dimension a multiple of this (default: 8)")
+    add("--round-to", type=within(int, 1), help="make the dimension a multiple of this (default: 8; with one rotation "
+        "for all, of a model with RMSNorm, its number of heads, as a standard Llama's hidden size must be)")
     add("--dtype", choices=["float64", "float32", "float16", "bfloat16"],
         help="default: float32 on a CPU, elsewhere the checkpoint's own")
     add("--device", help="default: cuda if there is one, else cpu; what does not fit there visits it layer by layer")
@@ -1065,8 +1073,10 @@ def calibration_tokens(args, tokenizer) -> Tensor:
 
 
 def choose_size(args, model):
-    """Sets --sparsity to its default, or to what --params comes to. Raises SliceGPTError for what cannot be had."""
+    """Sets --round-to and --sparsity to their defaults, or to what --params comes to. Raises SliceGPTError."""
     D, signals = model.config.hidden_size, 1 + len(layers(model)) * len(stages(model))
+    heads = model.config.num_attention_heads if hasattr(model.config, "rms_norm_eps") else 8
+    args.round_to = args.round_to or (heads if args.rotation == "shared" else 8)
     if args.head == "tied" and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
     if args.params is not None:

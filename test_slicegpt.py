@@ -395,6 +395,7 @@ def test_the_sliced_dimension(D, sparsity, round_to):
     assert sliced_dimension(100, 0.9, 1) == 10 and sliced_dimension(768, 0.25) == 576
 
 
+@settings(max_examples=20)
 @given(networks(NOT_GPT2), batches())
 def test_an_unsliced_head_runs(model, batch):
     """The last signal is wider than all others, and the last stage's shortcut is not square."""
@@ -466,6 +467,7 @@ def test_slicing_ignores_dropout_and_how_the_samples_are_batched():
 
 # ---- Appendix A.4 ---------------------------------------------------------------------------------------------------
 
+@settings(max_examples=20)
 @given(networks(NOT_GPT2), st.sampled_from([0, 0.001, 0.05, 0.3]), st.sampled_from([1, 2, 5]), st.booleans())
 def test_slicing_by_variance_keeps_the_least_dimensions_that_discard_no_more(model, share, round_to, slice_head):
     tokens, D = random_tokens(8, 12), model.config.hidden_size
@@ -487,6 +489,7 @@ def test_slicing_by_variance_keeps_the_least_dimensions_that_discard_no_more(mod
     assert [X.shape[1] for X in signals(model, tokens)] == dimensions
 
 
+@settings(max_examples=20)
 @given(networks(NOT_GPT2), batches())
 def test_discarding_no_variance_changes_nothing(model, batch):
     expected = logits(model, batch)
@@ -512,6 +515,7 @@ def test_least_squares(N, h, t, seed):
     assert not least_squares([(H, 0 * T)], "").any() and not least_squares([(0 * H, T)], "").any()
 
 
+@settings(max_examples=20)
 @given(networks())
 def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model):
     tokens, D = random_tokens(8, 12), model.config.hidden_size
@@ -537,6 +541,7 @@ def sliced_beyond(model, tokens, sparsity, shared: bool, **options):
     return slice_and_refit(model, tokens, sparsity, Q=Q, **options)
 
 
+@settings(max_examples=20)
 @given(networks(), batches(), st.booleans(), st.integers(1, 4))
 def test_refitting_an_unsliced_network_changes_nothing(model, batch, shared, batch_size):
     expected = logits(model, batch)
@@ -546,6 +551,7 @@ def test_refitting_an_unsliced_network_changes_nothing(model, batch, shared, bat
     assert_same(logits(model, batch), expected)
 
 
+@settings(max_examples=20)
 @given(networks(), st.booleans())
 def test_refit_by_hand(model, shared):
     """The first stage's and the head's weights, from the dense network's signals and from those of the sliced one."""
@@ -584,6 +590,7 @@ def test_refit_by_hand(model, shared):
         assert_same(found, W_out @ Q_next, 1e-7)
 
 
+@settings(max_examples=20)
 @given(networks(), batches(), st.booleans(), st.integers(0, 2**31))
 def test_refitting_is_lossless_when_the_signal_spans_few_dimensions(model, batch, shared, seed):
     D, d = model.config.hidden_size, 4
@@ -615,12 +622,12 @@ def test_refit_helps():
 STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3")
 
 
-@settings(max_examples=60)
 @given(networks(), batches(), st.sampled_from([0, 0.25, 0.5]), st.booleans())
 def test_a_sliced_model_of_these_families_is_a_standard_one(tmp_path_factory, model, batch, sparsity, refit):
     """Saved, it is loaded by Hugging Face's own class without any code of ours, and gives the same logits."""
     directory, tokens = tmp_path_factory.mktemp("models") / "model", random_tokens(8, 12)
-    family, d = model.config.model_type, sliced_dimension(model.config.hidden_size, sparsity, 2)
+    family, D = model.config.model_type, model.config.hidden_size
+    d = sliced_dimension(D, sparsity, 2)
     with Double():
         if refit:
             sliced_beyond(model, tokens, sparsity, True, round_to=2)
@@ -628,9 +635,12 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(tmp_path_factory, mo
             rotate(model, shared_rotation(model, tokens)[:, :d])
     expected = logits(model, batch)
     stock, why = standard(model)
-    if family not in STANDARD:
+    if family not in STANDARD and not (family == "helium" and d == D):
         assert stock is model and why in ("its norms are LayerNorms, which subtract a mean",
                                           "a helium's heads must add up to its hidden size")
+        return
+    if family in ("llama", "arcee") and d % model.config.num_attention_heads:
+        assert stock is model and "not a multiple of the number of attention heads" in why
         return
     assert not why and not isinstance(stock, SlicedForCausalLM) and stock.dtype == torch.float64
     assert_same(logits(stock, batch), expected)
@@ -659,7 +669,7 @@ def test_a_standard_model_is_sliced_further():
     assert stock.config.slicegpt["dimensions"] == [6] * 5
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(networks(), st.floats(0.3, 1.3), st.sampled_from([1, 2, 3]), st.booleans(),
        st.sampled_from(["sliced", "full", "tied"]))
 def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, shared, head):
@@ -690,6 +700,7 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
         assert d + round_to > D or size(d + round_to) > share * dense
 
 
+@settings(max_examples=20)
 @given(networks([family for family in STANDARD]), batches())
 def test_a_tied_head_is_exact_while_nothing_is_sliced(model, batch):
     """A norm's scale between embedding and head is one of the matrices that B can be."""
@@ -705,6 +716,7 @@ def test_a_tied_head_is_exact_while_nothing_is_sliced(model, batch):
     assert_same(logits(model, batch), expected, 1e-9)
 
 
+@settings(max_examples=20)
 @given(networks(), st.booleans(), st.booleans())
 def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, shared, weighted):
     tokens, weights = random_tokens(8, 12), torch.full((VOCABULARY, 1), 1 / VOCABULARY).double()
@@ -811,7 +823,7 @@ def tiny_tokenizer():
                                                 bos_token="<s>", unk_token="<unk>")
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(networks(), st.sampled_from(["fused", "rotated", "rotated per block", "sliced", "by variance", "refitted",
                                     "shared", "tied", "shared and tied"]))
 def test_a_saved_model_is_loaded_bit_for_bit(tmp_path_factory, model, state):
