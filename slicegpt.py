@@ -720,9 +720,9 @@ def tie_head(model, calibration: Tensor | None = None):
 def standard(model) -> tuple[PreTrainedModel, str]:
     """A sliced model as one of Hugging Face's own class, equal to it, and ""; or the model, and why there is none.
 
-    Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms look at |x|^2 / d + eps, ours
-    at |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied
-    by sqrt(d / D), and the norms get a scale of sqrt(D / d). The old model's weights become the new one's.
+    Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
+    |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
+    sqrt(d / D), and the norms get a scale of sqrt(D / d). The old model's weights become the new one's.
     """
     shape, parts, config = model.config.slicegpt, architecture(model.config), copy.deepcopy(model.config)
     d, scale = shape["dimensions"][0], math.sqrt(config.hidden_size / shape["dimensions"][0])
