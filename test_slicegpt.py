@@ -1140,8 +1140,10 @@ def test_the_benchmark_of_quality_and_the_spectrum(tiny, tmp_path, monkeypatch, 
     path, options = tiny
     options = [*options, "--model", str(path / "tied"), "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
     for name, extra in (("quality", ["--sparsities", "0.25", "0.5"]), ("spectrum", [])):
+        extra += ["--plot", str(tmp_path / f"{name}.png")] if importlib.util.find_spec("matplotlib") else []
         monkeypatch.setattr(sys, "argv", ["bench.py", name, *options, *extra, "--json", str(tmp_path / name)])
         bench.main()
+        assert "--plot" not in extra or (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
     table = json.loads((tmp_path / "quality").read_text())
     assert [(row["method"], row["sparsity"]) for row in table] == [("dense", 0)] + [
         (method, sparsity) for method in bench.METHODS for sparsity in (0.25, 0.5)]
