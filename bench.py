@@ -78,7 +78,7 @@ def quantiles(seconds) -> tuple[float, float, float]:
 @torch.no_grad()
 def decode_seconds(models: list, batch_size: int, prompt_length: int, tokens: int, device) -> list[list[float]]:
     """The time of every token that each model decodes with its KV cache, after a prompt; the models take turns."""
-    prompt = torch.randint(10, 1000, (batch_size, prompt_length), device=device)
+    prompt = torch.randint(models[0].config.vocab_size, (batch_size, prompt_length), device=device)
     caches = [model(prompt, use_cache=True, logits_to_keep=1).cache for model in models]
     seconds, warm_up = [[] for _ in models], 4
     for step in progress(range(tokens + warm_up), "decoding", unit="token"):
