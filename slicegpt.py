@@ -463,7 +463,7 @@ def sweep(model, calibration: Tensor, device):
         layer.to(device)
         args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, calls[number])
         for stage in stages(model):
-            yield f"layer {number}, {stage.blocks[0].modules}", layer, stage, args, kwargs
+            yield f"layer {number}, {stage.blocks[0].modules} ({model.dtype})", layer, stage, args, kwargs
         layer.to(home)
 
 
