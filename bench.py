@@ -214,11 +214,17 @@ def spectrum(args, options):
     calibration = slicegpt.calibration_tokens(setting, tokenizer)
     slicegpt.fuse(model.eval())
     parts = slicegpt.architecture(model.config)
-    norm, X, lines = model.get_submodule(parts.norm), slicegpt.signals(model, calibration, setting.batch_size), []
-    for _, layer, stage, others, kwargs in slicegpt.sweep(model, calibration, device):
+    norm, lines = model.get_submodule(parts.norm), []
+    X = slicegpt.signals(model, calibration, setting.batch_size, device)
+    state = slicegpt.SimpleNamespace(X=X)
+    for _, layer, stage, others, kwargs in slicegpt.sweep(model, calibration, device, state, rewrites=False):
+        C = 0
+        for x in X.split(setting.batch_size):
+            Z = x.to(device)
+            C = C + slicegpt.covariance(norm(Z))
+            x.copy_(stage(layer, Z, Z, *others, **kwargs))
         if parts.ffn in stage.blocks:
-            lines.append(slicegpt.pca(sum(slicegpt.covariance(norm(x.to(device))) for x in X))[0].clamp_min(0).cpu())
-        X = [slicegpt.wait(stage(layer, x, x, *others, **kwargs)) for x in (x.to(device) for x in X)]
+            lines.append(slicegpt.pca(C)[0].clamp_min(0).cpu())
     print(f"{setting.model}, inputs of the FFN, {len(calibration)} x {setting.seqlen} tokens of {setting.calibration}: "
           f"of {model.config.hidden_size} dimensions, how many have that share of the variance")
     shares = (0.9, 0.99, 0.999)

@@ -20,7 +20,9 @@ the deletion matrix: to rotate by it is to slice. A weight W is (inputs, outputs
 """
 import argparse
 import bisect
+import contextlib
 import copy
+import difflib
 import importlib
 import json
 import logging
@@ -28,17 +30,21 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
@@ -305,40 +311,50 @@ def fuse(model):
         return
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
-
-    def fuse_reader(norm, linear):
-        W, bias = matrix(linear), linear.bias
-        if getattr(norm, "bias", None) is not None:
-            bias = norm.bias.double() @ W + (0 if bias is None else bias)
-        alpha = 1 if norm.weight is None else norm.weight.double()[:, None] + parts.norm_offset
-        set_matrix(linear, alpha * W, bias)
-
-    def fuse_writer(module):
-        if isinstance(last_norm, nn.LayerNorm):
-            W, bias = matrix(module), getattr(module, "bias", None)
-            set_matrix(module, W - W.mean(1, True), None if bias is None else bias.double() - bias.double().mean())
-
-    def without_scale(norm):
-        return RMSNorm(D, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
-
     for embedding in embeddings(model):
-        fuse_writer(embedding)
-    for layer in layers(model):
-        blocks = [block for stage in stages(model) for block in stage.blocks]
-        for block in blocks:
-            for linear in submodules(layer, block.W_in):
-                fuse_reader(layer.get_submodule(block.norm), linear)
-            fuse_writer(layer.get_submodule(block.W_out))
-        for name in {block.norm for block in blocks}:  # after both blocks, which share one norm in Phi-2
-            layer.set_submodule(name, without_scale(layer.get_submodule(name)))
-    fuse_reader(last_norm, head)
-    model.set_submodule(parts.norm, without_scale(last_norm))
+        fuse_writer(last_norm, embedding)
+    for layer in layers(model) if stream(model) is None else []:
+        fuse_layer(model, layer)
+    fuse_reader(last_norm, head, parts.norm_offset)
+    model.set_submodule(parts.norm, without_scale(last_norm, D))
 
     signals = 1 + len(layers(model)) * len(stages(model))
     model.config.slicegpt = {"dimensions": [D] * signals, "shortcuts": False}
     model.config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     if not isinstance(model, SlicedForCausalLM):
         model.__class__ = SlicedForCausalLM.mixed_into(type(model))
+
+
+def fuse_layer(model, layer):
+    """`fuse`, of one layer."""
+    blocks = [block for stage in stages(model) for block in stage.blocks]
+    for block in blocks:
+        norm = layer.get_submodule(block.norm)
+        for linear in submodules(layer, block.W_in):
+            fuse_reader(norm, linear, architecture(model.config).norm_offset)
+        fuse_writer(norm, layer.get_submodule(block.W_out))
+    for name in {block.norm for block in blocks}:  # after both blocks, which share one norm in Phi-2
+        layer.set_submodule(name, without_scale(layer.get_submodule(name), model.config.hidden_size))
+
+
+def fuse_reader(norm, linear, offset: float):
+    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in; alpha is what the norm has stored, and the offset."""
+    W, bias = matrix(linear), linear.bias
+    if getattr(norm, "bias", None) is not None:
+        bias = norm.bias.double() @ W + (0 if bias is None else bias)
+    alpha = 1 if norm.weight is None else norm.weight.double()[:, None] + offset
+    set_matrix(linear, alpha * W, bias)
+
+
+def fuse_writer(norm, module):
+    """W_out <- W_out M, b_out <- b_out M, in a network with LayerNorms."""
+    if isinstance(norm, nn.LayerNorm):
+        W, bias = matrix(module), getattr(module, "bias", None)
+        set_matrix(module, W - W.mean(1, True), None if bias is None else bias.double() - bias.double().mean())
+
+
+def without_scale(norm, D: int) -> RMSNorm:
+    return RMSNorm(D, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
@@ -361,10 +377,9 @@ def rotate(model, Q: Tensor | list[Tensor]):
     Qs = [Q.to(model.device, torch.float64) for Q in Qs]
     for embedding in embeddings(model):
         rotate_writer(embedding, Qs[0])
-    pairs = zip(Qs, Qs[1:])
-    for layer in layers(model):
-        for stage in stages(model):
-            Q_in, Q_out = next(pairs)
+    for number, layer in visit(model):
+        for i, stage in enumerate(stages(model), number * len(stages(model))):
+            Q_in, Q_out = Qs[i:i + 2]
             for linear in stage.readers(layer):
                 rotate_reader(linear, Q_in)
             for linear in stage.writers(layer):
@@ -446,32 +461,66 @@ def embed(model, tokens: Tensor) -> tuple[Tensor, list]:
     return calls[0][0], [(args, kwargs) for _, args, kwargs in calls]
 
 
-def signals(model, calibration: Tensor, batch_size: int) -> list[Tensor]:
-    """The first signal of all the calibration tokens (samples, seqlen), in batches (B, N, D)."""
-    return [wait(embed(model, batch)[0]) for batch in calibration.split(batch_size)]
+def signals(model, calibration: Tensor, batch_size: int, device) -> Tensor:
+    """The first signal X (samples, N, D) of this process's calibration tokens, where it waits for the next block.
+
+    That is in the CPU's memory, pinned if an accelerator will fetch it; or in a file, for a stream that says so.
+    """
+    calibration, files = share(calibration), stream(model)
+    shape = *calibration.shape, model.config.hidden_size
+    if files is not None and math.prod(shape) * model.dtype.itemsize > files.signal_memory:
+        X = files.memory(shape, model.dtype)
+    else:
+        X = torch.empty(shape, dtype=model.dtype, pin_memory=device.type == "cuda")
+    for x, batch in zip(X.split(batch_size), calibration.split(batch_size)):
+        x.copy_(embed(model, batch)[0])
+    return X
 
 
-def sweep(model, calibration: Tensor, device):
-    """Walks through the stages of all layers, with one layer at a time on `device`.
+def visit(model, device=None, state: SimpleNamespace | None = None, rewrites: bool = True):
+    """The layers, by number, each on `device` while it is visited.
+
+    Those of a stream are read before and, if the visit rewrites them, written after it; `state` is what else must not
+    be lost if the process dies, and is brought back from where an earlier one died.
+    """
+    files, device = stream(model), device or model.device
+    first = files.resume(state, rewrites) if files is not None else 0
+    for number in progress(range(len(layers(model))), "layers", unit="layer", initial=first):
+        if number < first:
+            continue
+        layer = layers(model)[number]
+        if files is not None:
+            layer = files.read(model, number)
+            fuse_layer(model, layer)
+        home = next(layer.parameters()).device
+        yield number, layer.to(device)
+        layer.to(home)
+        if files is not None:
+            files.finish(number, layer, state, rewrites)
+
+
+def sweep(model, calibration: Tensor, device, state: SimpleNamespace, rewrites: bool = True):
+    """Walks through the stages of all layers, see `visit`.
 
     Yields a name for error messages, the layer, the stage, and the other arguments and keyword arguments that the
     layer is called with, which are noted for one sequence, since they are the same for all.
     """
     _, calls = embed(model, calibration[:1])
-    for number, layer in enumerate(progress(layers(model), "slicing", unit="layer")):
-        home = next(layer.parameters()).device
-        layer.to(device)
+    for number, layer in visit(model, device, state, rewrites):
         args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, calls[number])
         for stage in stages(model):
             yield f"layer {number}, {stage.blocks[0].modules} ({model.dtype})", layer, stage, args, kwargs
-        layer.to(home)
 
 
 def principal_components(C: Tensor, keep, where: str) -> Tensor:
-    """Q D, of Eq. 8 and 9: the first eigenvectors (D, d) of C, as many as `keep` says when it sees the eigenvalues."""
+    """Q D, of Eq. 8 and 9: the first eigenvectors (D, d) of C, as many as `keep` says when it sees the eigenvalues.
+
+    C is this process's part of the sum, and Q the same in all processes.
+    """
+    C = total(C)
     check_finite(C, where)
     eigenvalues, Q = pca(C)
-    return Q[:, :keep(eigenvalues)]
+    return agreed(Q)[:, :keep(eigenvalues)]
 
 
 def check_finite(C: Tensor, where: str):
@@ -523,37 +572,33 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     check_length(model.config, calibration.shape[1])
     sliced_dimension(model.config.hidden_size, sparsity, round_to)
     fuse(model.eval())
-    keep = iter(kept(model, sparsity, discard_variance, round_to, slice_head))
+    keep = kept(model, sparsity, discard_variance, round_to, slice_head)
     observe = model.get_submodule(architecture(model.config).norm) if signal == "output" else nn.Identity()
 
-    X = signals(model, calibration, batch_size)
-    Q = principal_components(sum(covariance(observe(x.to(device))) for x in X), next(keep), "the embedding")
-    dimensions = [Q.shape[1]]
+    X = signals(model, calibration, batch_size, device)
+    C = sum(covariance(observe(x.to(device))) for x in X.split(batch_size))
+    Q = principal_components(C, keep[0], "the embedding")
     for embedding in embeddings(model):
         rotate_writer(embedding, Q.to(model.device))
-    for where, layer, stage, args, kwargs in sweep(model, calibration, device):
+    state = SimpleNamespace(X=X, Q=Q, dimensions=[Q.shape[1]])
+    for where, layer, stage, args, kwargs in sweep(model, calibration, device, state):
+        Q, C = state.Q, 0
         for linear in stage.readers(layer):
             rotate_reader(linear, Q)
-        QD, C = Q.to(model.dtype), 0
-        for i, x in enumerate(X):
+        QD = Q.to(model.dtype)
+        for x in X.split(batch_size):
             Z = x.to(device, non_blocking=True) @ QD  # Eq. 9: (B, N, d)
-            x = stage(layer, Z, Z @ QD.T, *args, **kwargs)  # Algorithm 1, line 5: (B, N, D)
-            C = C + covariance(observe(x))  # Eq. 8
-            X[i] = wait(x)
-        Q_next = principal_components(C, next(keep), where)
+            Z = stage(layer, Z, Z @ QD.T, *args, **kwargs)  # Algorithm 1, line 5: (B, N, D)
+            C = C + covariance(observe(Z))  # Eq. 8
+            x.copy_(Z)
+        state.Q = principal_components(C, keep[len(state.dimensions)], where)
         for linear in stage.writers(layer):
-            rotate_writer(linear, Q_next)
-        set_shortcut(model, layer, stage, Q, Q_next)
-        Q = Q_next
-        dimensions.append(Q.shape[1])
-    rotate_reader(model.get_output_embeddings(), Q.to(model.device))
-    model.config.slicegpt = {"dimensions": dimensions, "shortcuts": True}
+            rotate_writer(linear, state.Q)
+        set_shortcut(model, layer, stage, Q, state.Q)
+        state.dimensions.append(state.Q.shape[1])
+    rotate_reader(model.get_output_embeddings(), state.Q.to(model.device))
+    model.config.slicegpt = {"dimensions": state.dimensions, "shortcuts": True}
     return model
-
-
-def wait(X: Tensor) -> Tensor:
-    """Where a signal waits for the next block: in the CPU's memory, pinned if an accelerator will fetch it."""
-    return X.cpu().pin_memory() if X.is_cuda else X
 
 
 def check_length(config, seqlen: int):
@@ -587,20 +632,20 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     fuse(model.eval())
     norm = model.get_submodule(architecture(model.config).norm)
 
-    def shares(X, where) -> Tensor:  # (D, D)
-        written = sum(covariance(x.to(device)) for x in X)
+    def shares(where) -> Tensor:  # (D, D)
+        written = total(sum(covariance(x.to(device)) for x in X.split(batch_size)))
         check_finite(written, where)
-        read = sum(covariance(norm(x.to(device))) for x in X)
+        read = total(sum(covariance(norm(x.to(device))) for x in X.split(batch_size)))
         return read / read.trace() + 0.3 * written / written.trace()
 
-    X = signals(model, calibration, batch_size)
-    C = shares(X, "the embedding")
-    for where, layer, stage, args, kwargs in sweep(model, calibration, device):
-        for i, x in enumerate(X):
-            x = x.to(device)
-            X[i] = wait(stage(layer, x, x, *args, **kwargs))
-        C += shares(X, where)
-    return pca(C)[1]
+    X = signals(model, calibration, batch_size, device)
+    state = SimpleNamespace(X=X, C=shares("the embedding"))
+    for where, layer, stage, args, kwargs in sweep(model, calibration, device, state, rewrites=False):
+        for x in X.split(batch_size):
+            Z = x.to(device)
+            x.copy_(stage(layer, Z, Z, *args, **kwargs))
+        state.C = state.C + shares(where)
+    return agreed(pca(state.C)[1])
 
 
 @torch.no_grad()
@@ -626,28 +671,31 @@ def slice_and_refit(model, calibration: Tensor, sparsity: float = 0.25, *, Q: Te
     check_length(model.config, calibration.shape[1])
     d = sliced_dimension(model.config.hidden_size, sparsity, round_to)
     fuse(model.eval())
-    keep = iter(kept(model, sparsity, discard_variance, round_to, slice_head))
+    keep = kept(model, sparsity, discard_variance, round_to, slice_head)
     norm = model.get_submodule(architecture(model.config).norm)
+    X, Y = (signals(model, calibration, batch_size, device) for _ in range(2))
+    state = SimpleNamespace(X=X, Y=Y, Q=None, dimensions=[])
 
     def rotation(where) -> Tensor:  # Q D (D, d)
         if shared is not None:
             return shared[:, :d].to(device)
-        return principal_components(sum(covariance(y.to(device)) for y in Y), next(keep), where)
+        C = sum(covariance(y.to(device)) for y in Y.split(batch_size))
+        return principal_components(C, keep[len(state.dimensions)], where)
 
-    def both():  # X and Z, batch by batch
-        return ((x.to(device), y.to(device) @ Q.to(y.dtype)) for x, y in zip(X, Y))
+    def both():  # X and Z, batch by batch; and where X is kept
+        for x, y in zip(X.split(batch_size), Y.split(batch_size)):
+            yield x.to(device), y.to(device) @ state.Q.to(y.dtype), x, y
 
     def input_fit(where) -> Tensor:  # Q D + A (D, d)
-        return Q + least_squares(((norm(z), norm(x) - norm(z) @ Q.T.to(x.dtype)) for x, z in both()), where).T
+        Q = state.Q
+        return Q + least_squares(((norm(z), norm(x) - norm(z) @ Q.T.to(x.dtype)) for x, z, *_ in both()), where).T
 
-    X = signals(model, calibration, batch_size)
-    Y = list(X)
-    Q = rotation("the embedding")
-    dimensions = [Q.shape[1]]
+    state.Q = rotation("the embedding")
+    state.dimensions.append(state.Q.shape[1])
     for embedding in embeddings(model):
-        rotate_writer(embedding, Q.to(model.device))
-    for where, layer, stage, args, kwargs in sweep(model, calibration, device):
-        dense, A, writers = copy.deepcopy(layer), input_fit(where), stage.writers(layer)
+        rotate_writer(embedding, state.Q.to(model.device))
+    for where, layer, stage, args, kwargs in sweep(model, calibration, device, state):
+        dense, A, Q, writers = copy.deepcopy(layer), input_fit(where), state.Q, stage.writers(layer)
         for linear in stage.readers(layer):
             rotate_reader(linear, A)
 
@@ -655,28 +703,29 @@ def slice_and_refit(model, calibration: Tensor, sparsity: float = 0.25, *, Q: Te
             return stage(layer, z, z @ Q.T.to(z.dtype), *args, **kwargs)
 
         def output_errors():
-            for i, (x, z) in enumerate(both()):
+            for x, z, X_kept, _ in both():
                 H = []
                 hooks = [linear.register_forward_pre_hook(lambda _, inputs: H.append(inputs[0])) for linear in writers]
                 y = forward(z)
                 for hook in hooks:
                     hook.remove()
-                X[i] = wait(stage(dense, x, x, *args, **kwargs))
-                yield torch.cat(H, -1), X[i].to(device) - y  # (B, N, inputs of all writers), (B, N, D)
+                x = stage(dense, x, x, *args, **kwargs)
+                X_kept.copy_(x)
+                yield torch.cat(H, -1), x - y  # (B, N, inputs of all writers), (B, N, D)
 
         B = least_squares(output_errors(), where)
         for linear, rows in zip(writers, B.split([len(matrix(linear)) for linear in writers])):
             set_matrix(linear, matrix(linear) + rows, linear.bias)
-        Y = [wait(forward(z)) for _, z in both()]
-        Q_next = rotation(where)
+        for _, z, _, Y_kept in both():
+            Y_kept.copy_(forward(z))
+        state.Q = rotation(where)
         for linear in writers:
-            rotate_writer(linear, Q_next)
+            rotate_writer(linear, state.Q)
         if shared is None:
-            set_shortcut(model, layer, stage, Q, Q_next)
-        Q = Q_next
-        dimensions.append(Q.shape[1])
+            set_shortcut(model, layer, stage, Q, state.Q)
+        state.dimensions.append(state.Q.shape[1])
     rotate_reader(model.get_output_embeddings(), input_fit("the last layer").to(model.device))
-    model.config.slicegpt = {"dimensions": dimensions, "shortcuts": shared is None}
+    model.config.slicegpt = {"dimensions": state.dimensions, "shortcuts": shared is None}
     return model
 
 
@@ -688,9 +737,10 @@ def least_squares(pairs, where: str) -> Tensor:
     G = C = 0
     for H, T in pairs:
         G, C = G + covariance(H), C + covariance(H, T)
+    G, C = total(G), total(C)
     check_finite(C, where)
     ridge = (0.01 * G.diag().mean()).clamp_min(torch.finfo(G.dtype).tiny)
-    return torch.linalg.solve(G + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device), C)
+    return agreed(torch.linalg.solve(G + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device), C))
 
 
 @torch.no_grad()
@@ -722,10 +772,9 @@ def standard(model) -> tuple[PreTrainedModel, str]:
 
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
     |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
-    sqrt(d / D), and the norms get a scale of sqrt(D / d). The old model's weights become the new one's.
+    sqrt(d / D), and the norms get a scale of sqrt(D / d). The other weights are shared with the old model.
     """
-    shape, parts, config = model.config.slicegpt, architecture(model.config), copy.deepcopy(model.config)
-    d, scale = shape["dimensions"][0], math.sqrt(config.hidden_size / shape["dimensions"][0])
+    shape, config = model.config.slicegpt, copy.deepcopy(model.config)
     if shape["shortcuts"]:
         return model, "it has shortcuts"
     if shape.get("tied"):
@@ -733,7 +782,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     if not hasattr(config, "rms_norm_eps"):
         return model, "its norms are LayerNorms, which subtract a mean"
     config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    config.hidden_size = d
+    config.hidden_size = shape["dimensions"][0]
     del config.slicegpt, config.auto_map
     try:
         config = type(config).from_dict(config.to_dict())  # checks it
@@ -742,23 +791,39 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base(config)
-    norms = {f"{name}.weight": torch.full((d,), scale - parts.norm_offset, dtype=model.dtype, device=model.device)
-             for name, module in model.named_modules() if isinstance(module, RMSNorm)}
-    weights = model.state_dict() | norms
+    weights = rescaled(model, model.state_dict())
     if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in stock.state_dict().items()}:
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
-
-    # Gemma multiplies by the square root of its hidden size what comes out of its embedding: that is sqrt(d / D) less
-    writers = [embedding for embedding in embeddings(model) if not hasattr(embedding, "embed_scale")]
-    writers += [W_out for layer in layers(model) for stage in stages(model) for W_out in stage.writers(layer)]
-    for writer in writers:
-        bias = getattr(writer, "bias", None)
-        set_matrix(writer, matrix(writer) / scale, None if bias is None else bias / scale)
-    stock = base.from_pretrained(None, config=config, state_dict=model.state_dict() | norms, dtype=model.dtype)
+    stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
+
+
+def rescaled(model, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `standard` makes of the weights of a sliced model, or of the embedding's and some layers'."""
+    parts, D, d = architecture(model.config), model.config.hidden_size, model.config.slicegpt["dimensions"][0]
+    scale, names = math.sqrt(D / d), [(parts.embeddings, parts.norm)]
+    for number in range(len(layers(model))):
+        for block in (parts.attention, parts.ffn):
+            names.append((f"{parts.layers}.{number}.{block.W_out}", f"{parts.layers}.{number}.{block.norm}"))
+    new = {}
+    for writer, norm in names:
+        W = weights.get(f"{writer}.weight")
+        if W is not None:
+            new[f"{norm}.weight"] = torch.full((d,), scale - parts.norm_offset, dtype=W.dtype, device=W.device)
+        # Gemma multiplies by the square root of its hidden size what comes out of its embedding: that is sqrt(d/D) less
+        if writer != parts.embeddings or not hasattr(embeddings(model)[0], "embed_scale"):
+            new |= {name: (weights[name].double() / scale).to(weights[name].dtype)
+                    for name in (f"{writer}.weight", f"{writer}.bias") if name in weights}
+    return weights | new
+
+
+def outline(config) -> tuple[PreTrainedModel, str]:
+    """`standard` of a sliced model of this config without its weights, which are on the meta device."""
+    with torch.device("meta"):
+        return standard(SlicedForCausalLM._from_config(config))
 
 
 def dimension_for(model, share: float, round_to: int, shape) -> int:
@@ -771,8 +836,7 @@ def dimension_for(model, share: float, round_to: int, shape) -> int:
     def reached(d) -> float:
         config = copy.deepcopy(model.config)
         config.slicegpt = shape(d)
-        with torch.device("meta"):
-            return parameters(standard(SlicedForCausalLM._from_config(config))[0]) / parameters(model)
+        return parameters(outline(config)[0]) / parameters(model)
 
     multiples = range(round_to, model.config.hidden_size + 1, round_to)
     fitting = bisect.bisect_right(multiples, share, key=reached)
@@ -780,6 +844,165 @@ def dimension_for(model, share: float, round_to: int, shape) -> int:
         reach = f"{reached(multiples[0]):.3f} to {reached(multiples[-1]):.3f}" if multiples else "none"
         raise SliceGPTError(f"a share {share} of the parameters cannot be reached, in multiples of {round_to}: {reach}")
     return multiples[fitting - 1]
+
+
+# ---- Several processes (torchrun), and a model larger than memory ---------------------------------------------------
+
+def share(samples: Tensor) -> Tensor:
+    """This process's part of the samples, which may be none of them; all, if there is one process."""
+    return samples.tensor_split(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else samples
+
+
+def total(C: Tensor) -> Tensor:
+    """The sum of C over all processes, in each of them."""
+    if dist.is_initialized():
+        dist.all_reduce(C)
+    return C
+
+
+def agreed(Q: Tensor) -> Tensor:
+    """The first process's Q, in all of them: what each computes of the same C may differ in the last bits."""
+    if dist.is_initialized():
+        Q = Q.contiguous()
+        dist.broadcast(Q, 0)
+    return Q
+
+
+class Stream:
+    """The layers of a model whose weights are never all in memory (`--stream`), see `visit`.
+
+    Each is read from safetensors files when its turn comes, and written to a file of its own. These, and the state in
+    which the last layer has left the calculation, are in the directory `work`; so the same calls with the same
+    arguments in another process go on where an earlier one died, and come to the same result, bit for bit.
+    signal_memory: bytes; larger signals are in `work` too, mapped into memory.
+    """
+
+    def __init__(self, work: Path, signal_memory: float = math.inf):
+        self.work, self.signal_memory, self.files = work, signal_memory, {}
+        work.mkdir(parents=True, exist_ok=True)
+
+    def load(self, path: str, config, dtype):
+        """The model, with its layers on the meta device. Raises SliceGPTError if its files are not all there."""
+        if not os.path.isdir(path):
+            patterns = ["*.safetensors", "*.safetensors.index.json"]
+            path = importlib.import_module("huggingface_hub").snapshot_download(path, allow_patterns=patterns)
+        single, index = Path(path, "model.safetensors"), Path(path, "model.safetensors.index.json")
+        if index.exists():
+            self.files = {name: Path(path, file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        elif single.exists():
+            self.files = dict.fromkeys(safe_open(single, "pt").keys(), single)
+        else:
+            raise SliceGPTError("--stream needs .safetensors files, and there are none")
+        for file in sorted(set(self.files.values())):
+            try:
+                safe_open(file, "pt")
+            except Exception as error:
+                raise SliceGPTError(f"{file.name} is missing or damaged: {first_line(error)}") from error
+        with optional("accelerate").init_empty_weights():  # real buffers, such as rotary tables
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype).eval()
+        with contextlib.suppress(OSError):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        model.stream, self.prefix = self, f"{model.base_model_prefix}."
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        missing = [name for name in model.state_dict() if self.name(name) not in self.files and name not in tied]
+        if missing:
+            raise SliceGPTError(f"{len(missing)} weights are missing, among them {missing[0]}")
+        self.fill(model, [name for name in model.state_dict() if not in_layers(model, name) and name not in tied])
+        model.tie_weights()
+        return model
+
+    def name(self, name: str) -> str:
+        """The name in the files, which may be those of a model without a head."""
+        return name if name in self.files else name.removeprefix(self.prefix)
+
+    def fill(self, module, names, prefix: str = ""):
+        """Gives a module on the meta device the weights of these names."""
+        weights = {}
+        for name in names:
+            stored = self.name(prefix + name)
+            with safe_open(self.files[stored], "pt") as file:
+                weights[name] = file.get_tensor(stored).to(module.get_parameter(name).dtype, copy=True)
+        module.load_state_dict(weights, strict=False, assign=True)
+
+    def read(self, model, number: int) -> nn.Module:
+        """A layer with its weights; the model's own stays on the meta device."""
+        layer = copy.deepcopy(layers(model)[number])
+        self.fill(layer, layer.state_dict(), f"{architecture(model.config).layers}.{number}.")
+        return layer
+
+    def memory(self, shape, dtype) -> Tensor:
+        """Memory that is the pages of a file without a name: it goes with the last tensor, or with the process."""
+        with tempfile.NamedTemporaryFile(dir=self.work) as file:
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)  # a full disk says so now
+            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+    def finish(self, number: int, layer, state, rewrites: bool):
+        """Writes a layer, if it has been rewritten, and then the state behind it."""
+        if rewrites:
+            with complete(self.layer(number)) as unfinished:
+                save_file(layer.state_dict(), unfinished, {"format": "pt"})
+        with complete(self.state(rewrites)) as unfinished:
+            torch.save({"next": number + 1} | vars(state or SimpleNamespace()), unfinished)
+
+    def resume(self, state, rewrites: bool) -> int:
+        """The layer to begin with; `state` becomes what it was before that layer."""
+        if not self.state(rewrites).exists():
+            return 0
+        saved = torch.load(self.state(rewrites), mmap=True)
+        for name in {"X", "Y"} & saved.keys():  # the signals stay where they are
+            getattr(state, name).copy_(saved.pop(name))
+        first = saved.pop("next")
+        vars(state or SimpleNamespace()).update(saved)
+        return first
+
+    def layer(self, number: int) -> Path:
+        return self.work / f"layer-{number}.safetensors"
+
+    def state(self, rewrites: bool) -> Path:
+        return self.work / ("slicing.pt" if rewrites else "rotation.pt")
+
+    def save(self, model, folder: Path) -> PreTrainedModel:
+        """What `save_pretrained` does, and an outline of the model that it has written: a standard one if it can be."""
+        model_outline, why_not_standard = outline(model.config)
+        model_outline.generation_config = model.generation_config
+
+        def weights_of(weights):
+            return weights if why_not_standard else rescaled(model, weights)
+
+        rest = {name: tensor for name, tensor in model.state_dict().items() if not in_layers(model, name)}
+        model_outline.save_pretrained(folder, state_dict=weights_of(rest), max_shard_size="1TB")
+        files = [folder / f"model-{i:05}-of-{len(layers(model)) + 1:05}.safetensors"
+                 for i in range(1, len(layers(model)) + 2)]
+        (folder / "model.safetensors").rename(files[0])
+        for number, file in enumerate(files[1:]):
+            if why_not_standard:
+                os.link(self.layer(number), file)
+            else:
+                save_file(weights_of(load_file(self.layer(number))), file, {"format": "pt"})
+        weight_map, size = {}, 0
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                weight_map |= dict.fromkeys(tensors.keys(), file.name)
+            size += file.stat().st_size
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        return model_outline
+
+
+@contextlib.contextmanager
+def complete(path: Path):
+    """The path of a file to write, which gets its name `path` only when it is complete."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    yield unfinished
+    unfinished.replace(path)
+
+
+def in_layers(model, name: str) -> bool:
+    return name.startswith(f"{architecture(model.config).layers}.")
+
+
+def stream(model) -> Stream | None:
+    return getattr(model, "stream", None)
 
 
 # ---- 4 Experiments: texts, perplexity, generation -------------------------------------------------------------------
@@ -851,29 +1074,37 @@ def parameters(model) -> int:
 
 # ---- Load and save --------------------------------------------------------------------------------------------------
 
-def load(name, dtype="auto", device="cpu"):
+def load(name, dtype="auto", device="cpu", stream: Stream | None = None, **options):
     """(model, tokenizer) of a hub id, a local directory, one that `save` wrote, a .gguf file, or "demo".
 
-    dtype: a torch.dtype, or "auto" for the checkpoint's own. Raises SliceGPTError if there is no such model, and,
-    before its weights are read, if it cannot be sliced.
+    dtype: a torch.dtype, or "auto" for the checkpoint's own. device: where to, or "auto" for wherever there is room, on
+    several accelerators, in memory, or on disk (accelerate; such a model is for use, not for slicing). stream: leaves
+    the layers where they are. options: from_pretrained's. Raises SliceGPTError if there is no such model, and, before
+    its weights are read, if it cannot be sliced.
     """
-    path, options = str(name), {}
+    path, files = str(name), {}
     if path == "demo":
         path = str(demo())
     elif path.endswith(".gguf") and os.path.isfile(path):
         optional("gguf"), optional("accelerate")
-        path, options = os.path.dirname(path) or ".", {"gguf_file": os.path.basename(path)}
+        path, files = os.path.dirname(path) or ".", {"gguf_file": os.path.basename(path)}
     elif not os.path.exists(path) and (path.count("/") > 1 or path.startswith((".", "/")) or path.endswith(".gguf")):
         raise SliceGPTError(f"cannot load {path}: there is no such file or directory")
     try:
-        config = AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **files)
         architecture(config)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **files)
+        if stream is not None:
+            if files or hasattr(config, "slicegpt"):
+                raise SliceGPTError(f"--stream needs a dense model's .safetensors files, and {name} is none")
+            return stream.load(path, config, dtype), tokenizer
         auto = SlicedForCausalLM if hasattr(config, "slicegpt") else AutoModelForCausalLM
-        if options:
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = auto.from_pretrained(path, dtype=dtype, **options)
-        return model.to(device), tokenizer
+        if files:
+            files["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if device == "auto":
+            optional("accelerate")
+            return auto.from_pretrained(path, dtype=dtype, device_map="auto", **files, **options), tokenizer
+        return auto.from_pretrained(path, dtype=dtype, **files, **options).to(device), tokenizer
     except SliceGPTError:
         raise
     except Exception as error:  # files from elsewhere can be wrong in many ways
@@ -887,22 +1118,38 @@ def save(model, tokenizer, path):
     """Writes a directory that `load` reads back bit for bit, as does AutoModelForCausalLM.
 
     It has Hugging Face's files and, for a model of ours, a copy of this one, which AutoModelForCausalLM needs
-    trust_remote_code=True to run. It gets its name only when complete. Raises SliceGPTError if something is there.
+    trust_remote_code=True to run. It gets its name only when complete. A streamed model is written as what `standard`
+    makes of it. Raises SliceGPTError if something is there, or if the disk refuses.
     """
-    path = Path(path)
+    path, files = Path(path), stream(model)
     check_free(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = files.work / "result" if files else path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(path):
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)  # a process died while it wrote
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = files.save(model, unfinished) if files else model
+            if not files:
+                model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            if isinstance(written, SlicedForCausalLM):
+                shutil.copyfile(__file__, unfinished / "slicegpt.py")
+            unfinished.replace(path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if files:
+        shutil.rmtree(files.work)
+
+
+@contextlib.contextmanager
+def disk_errors(path):
+    """Says in one line that the disk is full and the like. (safetensors and torch have errors of their own.)"""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        if isinstance(model, SlicedForCausalLM):
-            shutil.copyfile(__file__, unfinished / "slicegpt.py")
-        unfinished.replace(path)
-    except OSError as error:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
         raise SliceGPTError(f"cannot save to {path}: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_free(path: Path):
@@ -1127,7 +1374,7 @@ def fits(model, device) -> bool:
     return device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]
 
 
-@contextmanager
+@contextlib.contextmanager
 def placed(model, device):
     """The model on `device`, for good if it fits there; else its weights come and go as needed (accelerate)."""
     if fits(model, device):
