@@ -790,7 +790,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        stock = base(config)
+        stock = base._from_config(config, dtype=model.dtype)
     weights = rescaled(model, model.state_dict())
     if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in stock.state_dict().items()}:
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
@@ -902,18 +902,18 @@ class Stream:
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype).eval()
         with contextlib.suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-        model.stream, self.prefix = self, f"{model.base_model_prefix}."
+        model.stream, self.base, self.prefix = self, f"{model.base_model_prefix}.", f"{architecture(config).layers}."
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         missing = [name for name in model.state_dict() if self.name(name) not in self.files and name not in tied]
         if missing:
             raise SliceGPTError(f"{len(missing)} weights are missing, among them {missing[0]}")
-        self.fill(model, [name for name in model.state_dict() if not in_layers(model, name) and name not in tied])
+        self.fill(model, [name for name in model.state_dict() if not name.startswith(self.prefix) and name not in tied])
         model.tie_weights()
         return model
 
     def name(self, name: str) -> str:
         """The name in the files, which may be those of a model without a head."""
-        return name if name in self.files else name.removeprefix(self.prefix)
+        return name if name in self.files else name.removeprefix(self.base)
 
     def fill(self, module, names, prefix: str = ""):
         """Gives a module on the meta device the weights of these names."""
@@ -927,7 +927,7 @@ class Stream:
     def read(self, model, number: int) -> nn.Module:
         """A layer with its weights; the model's own stays on the meta device."""
         layer = copy.deepcopy(layers(model)[number])
-        self.fill(layer, layer.state_dict(), f"{architecture(model.config).layers}.{number}.")
+        self.fill(layer, layer.state_dict(), f"{self.prefix}{number}.")
         return layer
 
     def memory(self, shape, dtype) -> Tensor:
@@ -939,8 +939,9 @@ class Stream:
     def finish(self, number: int, layer, state, rewrites: bool):
         """Writes a layer, if it has been rewritten, and then the state behind it."""
         if rewrites:
+            weights = {f"{self.prefix}{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
             with complete(self.layer(number)) as unfinished:
-                save_file(layer.state_dict(), unfinished, {"format": "pt"})
+                save_file(weights, unfinished, {"format": "pt"})
         with complete(self.state(rewrites)) as unfinished:
             torch.save({"next": number + 1} | vars(state or SimpleNamespace()), unfinished)
 
@@ -969,7 +970,7 @@ class Stream:
         def weights_of(weights):
             return weights if why_not_standard else rescaled(model, weights)
 
-        rest = {name: tensor for name, tensor in model.state_dict().items() if not in_layers(model, name)}
+        rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(self.prefix)}
         model_outline.save_pretrained(folder, state_dict=weights_of(rest), max_shard_size="1TB")
         files = [folder / f"model-{i:05}-of-{len(layers(model)) + 1:05}.safetensors"
                  for i in range(1, len(layers(model)) + 2)]
@@ -997,38 +998,48 @@ def complete(path: Path):
     unfinished.replace(path)
 
 
-def in_layers(model, name: str) -> bool:
-    return name.startswith(f"{architecture(model.config).layers}.")
-
-
 def stream(model) -> Stream | None:
     return getattr(model, "stream", None)
 
 
-# ---- 4 Experiments: texts, perplexity, generation -------------------------------------------------------------------
+# ---- 4 Experiments: texts, perplexity, generation, zero-shot tasks, recovery fine-tuning ----------------------------
 
-HUB_TEXTS = {  # name: data set, configuration, split to calibrate on, split to evaluate on
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
-    "alpaca": ("tatsu-lab/alpaca", None, "train[:80%]", "train[90%:]"),
+HUB_TEXTS = {  # name: data set and configuration, with columns `text`
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "alpaca": ("tatsu-lab/alpaca", None),
 }
 
 
 def read_text(name: str, evaluation: bool) -> str:
-    """A text to calibrate on, or the one to evaluate on: wikitext2, alpaca, pydoc, or the path of a UTF-8 text file.
+    """A text to calibrate on, or one to evaluate on: wikitext2, alpaca, pydoc, or the path of a file.
 
-    pydoc is the language reference that ships with CPython; every tenth of its topics is kept for evaluation.
+    The file is a UTF-8 text, or a .json, .jsonl or .parquet with a column `text`. Of a data set without a test split,
+    random 80% are for calibration and 10% for evaluation, always the same, as in the authors' code. pydoc is the
+    language reference that ships with CPython; every tenth of its topics is kept for evaluation.
     """
     if name == "pydoc":
         topics = importlib.import_module("pydoc_data.topics").topics
         return "\n\n".join(topics[key] for i, key in enumerate(sorted(topics)) if (i % 10 == 0) == evaluation)
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
     try:
-        if name not in HUB_TEXTS:
+        if name in HUB_TEXTS:
+            splits = optional("datasets").load_dataset(*HUB_TEXTS[name])
+            if "test" not in splits:
+                halves = splits["train"].train_test_split(0.2, seed=42)
+                splits = {"train": halves["train"], "test": halves["test"].train_test_split(0.5, seed=42)["test"]}
+            rows = splits["test" if evaluation else "train"]
+        elif kind and Path(name).is_file():
+            rows = optional("datasets").load_dataset(kind, data_files=name, split="train")
+        else:
             return Path(name).read_text(encoding="utf-8")
-        path, configuration, *splits = HUB_TEXTS[name]
-        return "\n\n".join(optional("datasets").load_dataset(path, configuration, split=splits[evaluation])["text"])
+        if "text" not in rows.column_names:
+            raise ValueError(f"it has no column text, only {', '.join(rows.column_names)}")
+        return "\n\n".join(text or "" for text in rows["text"])
+    except SliceGPTError:
+        raise
     except UnicodeDecodeError as error:
         raise SliceGPTError(f"{name} is not a UTF-8 text: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # files from elsewhere can be wrong in many ways
         hint = "without a network, name a text file or pydoc" if name in HUB_TEXTS else \
             f"besides files there are {', '.join(HUB_TEXTS)} and pydoc"
         raise SliceGPTError(f"cannot read the text {name}: {first_line(error)}; {hint}") from error
@@ -1052,12 +1063,13 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
 
     batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
     """
-    total = 0.0
-    for batch in progress(tokens.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", unit="batch"):
-        batch = batch.to(device or model.device)
+    device = device or model.device
+    loss, mine = torch.zeros((), dtype=torch.float64, device=device), share(tokens)
+    for batch in progress(mine.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", unit="batch"):
+        batch = batch.to(device)
         logits = at_least_float32(model(batch, use_cache=False).logits[:, :-1].flatten(0, 1))
-        total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / tokens[:, 1:].numel())
+        loss += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+    return math.exp(total(loss).item() / tokens[:, 1:].numel())
 
 
 def generate(model, tokenizer, prompt: str, device=None) -> str:
@@ -1070,6 +1082,96 @@ def generate(model, tokenizer, prompt: str, device=None) -> str:
 def parameters(model) -> int:
     """The number of parameters, each tensor counted once: a head tied to the embedding is no second matrix."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def harness(tasks: str, path: Path | None = None):
+    """(names, the LM Evaluation Harness's manager of tasks) of names with commas between them. Raises SliceGPTError.
+
+    path: a directory with more tasks than the harness's own.
+    """
+    manager, names = optional("lm_eval.tasks").TaskManager(include_path=path), tasks.split(",")
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks)
+            raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return names, manager
+
+
+def zero_shot(model, tokenizer, names: list[str], manager, limit: int | None = None) -> dict[str, tuple]:
+    """Section 4, Figure 5: (accuracy, standard error, metric) in each task, by the LM Evaluation Harness's defaults.
+
+    The accuracy is the one normalised by the length of the answers (acc_norm) where a task has it, as in the authors'
+    code. limit: questions of each task. The average over the tasks, which the paper plots, comes last.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    network = optional("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    results = optional("lm_eval").simple_evaluate(network, tasks=names, task_manager=manager, limit=limit)["results"]
+    scores = {}
+    for name in names:
+        metric = "acc_norm" if "acc_norm,none" in results[name] else "acc"
+        if f"{metric},none" not in results[name]:
+            raise SliceGPTError(f"the task {name} measures no accuracy")
+        scores[name] = (results[name][f"{metric},none"], results[name][f"{metric}_stderr,none"], metric)
+    return scores | {"average": (sum(accuracy for accuracy, *_ in scores.values()) / len(scores), None, "")}
+
+
+def train(model, batches, learning_rate: float, label: str):
+    """Trains what is not frozen, by AdamW, on each batch of tokens (B, N) once; leaves the model in eval mode.
+
+    The learning rate rises for three tenths of the steps and then falls, linearly. Raises SliceGPTError for a loss that is
+    not finite, before that step.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, learning_rate)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, math.ceil(0.3 * len(batches)), len(batches))
+    network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    kind, narrow = model.device.type, model.device.type == "cuda" or model.dtype.itemsize == 2
+    model.train()
+    bar = progress(batches, label, unit="step")
+    for batch in bar:
+        batch = batch.to(model.device)
+        with torch.autocast(kind, torch.bfloat16, enabled=narrow):
+            loss = network(batch, labels=batch, use_cache=False).loss
+        if not total(loss.detach().clone()).isfinite():
+            raise SliceGPTError(f"the loss is not finite in {label}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 1e-3, seed: int = 0):
+    """Section 4, Figure 6, recovery fine-tuning (RFT): trains LoRA adapters by peft on the tokens (samples, N), once.
+
+    r = 32, alpha = 10, and peft's defaults for the rest, as in the paper; an architecture for which peft has no default
+    gets adapters on the W_in of attention. They are merged into the weights at the end, in place, so the model stays
+    what it was. If the loss stops being finite, the weights stay what they were, and SliceGPTError is raised.
+    """
+    peft, parts = optional("peft"), architecture(model.config)
+    known = model.config.model_type in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    targets = None if known else [path.rpartition(".")[2] for path in parts.attention.W_in.split()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=32, lora_alpha=10, target_modules=targets))
+        batches = tokens.split(batch_size)
+        if dist.is_initialized():  # as many for each process, some twice if they do not come out even
+            rank, size = dist.get_rank(), dist.get_world_size()
+            batches = [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / size) * size, size)]
+        if model.device.type == "cuda":
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            train(adapted, batches, learning_rate, "recovery fine-tuning")
+        except SliceGPTError:
+            adapted.unload()
+            raise
+        else:
+            adapted.merge_and_unload()
+        finally:
+            model.activation_checkpointing_disable()
+            model.eval().requires_grad_(True)
 
 
 # ---- Load and save --------------------------------------------------------------------------------------------------
@@ -1175,26 +1277,21 @@ def demo() -> Path:
     path = cache / f"demo-{sys.hexversion:x}"  # the text is another in each Python
     if path.exists():
         return path
+    if dist.is_initialized():
+        raise SliceGPTError("the demo model is trained by one process: run it once without torchrun")
     text = read_text("pydoc", evaluation=False)
     bpe = importlib.import_module("tokenizers").ByteLevelBPETokenizer()
     bpe.train_from_iterator(text.splitlines(True), vocab_size=1024, special_tokens=["</s>"], show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>")
-    tokens, steps = tokenize(tokenizer, text, seqlen=256), 400
+    tokens = tokenize(tokenizer, text, seqlen=256)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(transformers.OPTConfig(
             vocab_size=1024, hidden_size=128, word_embed_proj_dim=128, num_hidden_layers=4, num_attention_heads=4,
             ffn_dim=512, max_position_embeddings=256, pad_token_id=0, bos_token_id=0, eos_token_id=0))
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        for _ in progress(range(steps), "training the demo model, this once", unit="step"):
-            batch = tokens[torch.randint(len(tokens), (8,))]
-            model(batch, labels=batch).loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    save(model.eval(), tokenizer, path)
+        batches = [tokens[torch.randint(len(tokens), (8,))] for _ in range(400)]
+        train(model, batches, 3e-3, "training the demo model, this once")
+    save(model, tokenizer, path)
     return path
 
 
@@ -1231,7 +1328,8 @@ def parse_arguments(argv):
     add("--head", choices=["sliced", "full", "tied"], default="sliced", help="slice the head too (default), give it "
         "all dimensions, or keep it one matrix with the embedding, if it was")
     add("--calibration", metavar="TEXT", help="wikitext2, alpaca, pydoc (Python's language reference), or the path of "
-        "a UTF-8 text file (default: wikitext2; pydoc for the demo model)")
+        "a UTF-8 text file or of a .json, .jsonl or .parquet file with a column `text` (default: wikitext2; pydoc for "
+        "the demo model)")
     add("--eval", metavar="TEXT", help="what perplexity is measured on; as --calibration")
     add("--samples", type=within(int, 1), default=128, help="calibration sequences (default: 128)")
     add("--eval-samples", type=within(int, 1), help="evaluation sequences (default: all of the text)")
@@ -1241,8 +1339,18 @@ def parse_arguments(argv):
         "for all, of a model with RMSNorm, its number of heads, as a standard Llama's hidden size must be)")
     add("--dtype", choices=["float64", "float32", "float16", "bfloat16"],
         help="default: float32 on a CPU, elsewhere the checkpoint's own")
-    add("--device", help="default: cuda if there is one, else cpu; what does not fit there visits it layer by layer")
+    add("--device", help="default: cuda if there is one, else cpu; what does not fit there visits it layer by layer. "
+        "auto spreads a sliced model over all devices, memory and disk, to measure it")
     add("--seed", type=int, default=0, help="chooses the calibration sequences (default: 0)")
+    add("--finetune", type=within(int, 1), nargs="?", const=1000, metavar="N", help="then recover by LoRA on N "
+        "sequences of the calibration text (default: 1000)")
+    add("--tasks", metavar="NAMES", help="also measure zero-shot accuracy by the LM Evaluation Harness; commas between")
+    add("--tasks-limit", type=within(int, 1), metavar="N", help="questions of each task (default: all)")
+    add("--tasks-path", type=Path, metavar="DIR", help="a directory with more tasks")
+    add("--stream", action="store_true", help="never have all weights in memory: slice from file to file, to --save; "
+        "begun again, it goes on from the last finished layer")
+    add("--signal-memory", type=within(float, 0), default=4.0, metavar="GIB", help="of --stream: calibration signals "
+        "larger than this are on disk (default: 4)")
     add("--pca", choices=["input", "output"], default="input", help="principal components of the RMSNorm's input, as "
         "in the authors' code, or of its output, as in the paper's text (default: input)")
     add("--slice-head", dest="head", action="store_const", const="sliced", help="the same as --head sliced")
@@ -1257,8 +1365,9 @@ def prepare(args) -> tuple:
     """(model, tokenizer, evaluation tokens, device), as the options say. What can be checked early is checked first."""
     text = "pydoc" if args.model == "demo" else "wikitext2"
     args.calibration, args.eval = args.calibration or text, args.eval or text
+    accelerator = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.empty(0, device=accelerator if args.device in (None, "auto") else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise SliceGPTError(f"cannot use --device {args.device}: {first_line(error)}") from error
     for evaluation, name in enumerate((args.calibration, args.eval)):
@@ -1272,25 +1381,62 @@ def prepare(args) -> tuple:
         check_free(args.save)
     if args.report and not args.report.parent.is_dir():
         raise SliceGPTError(f"cannot write {args.report}: there is no directory {args.report.parent}")
+    if args.stream and (not args.save or args.finetune or args.tasks or dist.is_initialized()):
+        raise SliceGPTError("--stream needs --save, and goes without --finetune, --tasks and torchrun: what it has saved "
+                            "can be measured (--device auto) and fine-tuned afterwards")
+    args.tasks, args.harness = harness(args.tasks, args.tasks_path) if args.tasks else ([], None)
+    if args.finetune:
+        optional("peft")
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else "auto"
-    model, tokenizer = load(args.model, dtype)
-    args.seqlen = args.seqlen or min(2048, getattr(model.config, "max_position_embeddings", None) or 2048)
+    model, tokenizer = load(args.model, dtype, "auto" if args.device == "auto" else "cpu", begin_stream(args))
+    if args.device == "auto" and not hasattr(model.config, "slicegpt"):
+        raise SliceGPTError("--device auto is for a model that is sliced already")
+    positions = getattr(model.config, "max_position_embeddings", None) or 2048
+    args.seqlen = args.seqlen or min(2048, positions)
     check_length(model.config, args.seqlen)
+    if args.finetune:
+        text = read_text(args.calibration, False)
+        args.finetune_tokens = tokenize(tokenizer, text, min(1024, positions), args.finetune, args.seed)
     return model, tokenizer, tokenize(tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples), device
 
 
+def begin_stream(args) -> Stream | None:
+    """A stream beside what it is to be saved as, if there is to be one; only what these very options began goes on."""
+    if not args.stream:
+        return None
+    work = args.save.absolute().with_name(f".{args.save.name}.unfinished")
+    options = {name: str(value) for name, value in vars(args).items()
+               if name not in ("save", "report", "prompt", "eval", "eval_samples", "signal_memory")}
+    begun = work / "options.json"
+    with disk_errors(args.save):
+        files = Stream(work, args.signal_memory * 2**30)
+        if not begun.exists():
+            with complete(begun) as unfinished:
+                unfinished.write_text(json.dumps(options))
+    other = [name for name, value in json.loads(begun.read_text()).items() if options.get(name) != value]
+    if other:
+        raise SliceGPTError(f"{work} was begun with other options ({', '.join(other)}); remove it to begin anew")
+    return files
+
+
 def run(args):
-    """The program: load, measure, slice, measure again, print, save."""
+    """The program: load, measure, slice, measure again, fine-tune, measure again, print, save."""
     model, tokenizer, evaluation, device = prepare(args)
-    D, figures, why = model.config.hidden_size, {}, "it was sliced before"
+    D, figures, why, failure = model.config.hidden_size, {}, "it was sliced before", None
 
     def measure() -> dict:
+        outlined = outline(model.config)[0] if args.stream and hasattr(model.config, "slicegpt") else model
         kept = getattr(model.config, "slicegpt", {"dimensions": [model.config.hidden_size] * 2})["dimensions"]
         kept = sorted(set(kept[:-1]))  # the last is the head's
+        found = {"dimension": kept[0] if len(kept) == 1 else f"{kept[0]} to {kept[-1]}",
+                 "parameters": parameters(outlined)}
+        if args.stream:
+            return found
         with placed(model, device):
-            return {"dimension": kept[0] if len(kept) == 1 else f"{kept[0]} to {kept[-1]}",
-                    "parameters": parameters(model), "perplexity": perplexity(model, evaluation, device=device),
-                    "text": generate(model, tokenizer, args.prompt, device)}
+            return found | {
+                "perplexity": perplexity(model, evaluation, device=device),
+                "tasks": zero_shot(model, tokenizer, args.tasks, args.harness, args.tasks_limit) if args.tasks else {},
+                "text": generate(model, tokenizer, args.prompt, device)}
 
     if not hasattr(model.config, "slicegpt"):
         choose_size(args, model)
@@ -1303,16 +1449,31 @@ def run(args):
     elif any(size is not None for size in (args.sparsity, args.params, args.discard_variance)):
         raise SliceGPTError(f"{args.model} is sliced already; leave out the size to measure it as it is")
     figures["sliced"] = measure()
-    report = vars(args) | {"dimension": D, "eval_samples": len(evaluation), "device": str(device)}
-    report |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
-    report["peak_memory_bytes"] = peak_memory(device)
-    print_report(report, figures)
-    if args.save:
-        save(model, tokenizer, args.save)
-        print(f"\nsaved to {args.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else
-                                             f"an ordinary {model.config.model_type} model"))
+    if args.finetune:
+        try:
+            finetune(model.to(device), args.finetune_tokens, seed=args.seed)
+            figures["finetuned"] = measure()
+        except SliceGPTError as error:  # what has been sliced is saved all the same
+            failure = error
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        report(args, D, figures, len(evaluation), device)
+        if args.save:
+            save(model, tokenizer, args.save)
+            print(f"\nsaved to {args.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else
+                                                 f"an ordinary {model.config.model_type} model"))
+    if failure:
+        raise failure
+
+
+def report(args, D: int, figures: dict, eval_samples: int, device):
+    """Prints the figures, and writes them to the file of --report."""
+    options = {name: value for name, value in vars(args).items() if name not in ("harness", "finetune_tokens")}
+    values = options | {"dimension": D, "eval_samples": eval_samples, "device": str(device)}
+    values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
+    values["peak_memory_bytes"] = peak_memory(device)
+    print_report(values, figures)
     if args.report:
-        args.report.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+        args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def calibration_tokens(args, tokenizer) -> Tensor:
@@ -1350,22 +1511,28 @@ def slice_as_asked(args, model, calibration, device) -> tuple[PreTrainedModel, s
         slice_model(model, calibration, signal=args.pca, **size, **where)
     if args.head == "tied":
         tie_head(model, calibration)
-    return standard(model)
+    return (model, outline(model.config)[1]) if args.stream else standard(model)
 
 
 def print_report(report: dict, figures: dict):
     """A column of figures for each model, and under them what the models wrote, side by side."""
-    print(f"\n{report['model']}\n  {'':12}" + "".join(f"{name:>16}" for name in figures))
+    print(f"\n{report['model']}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
-        print(f"  {key:12}" + "".join(f"{column[key]:>16{form}}" for column in figures.values()))
-    print(f"  perplexity on {report['eval_samples']} x {report['seqlen']} tokens of {report['eval']}")
+        print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values() if key in column))
+    for task in report["tasks"] and [*report["tasks"], "average"]:
+        scores = [column["tasks"][task] for column in figures.values()]
+        print(f"  {task:14}" + "".join(f"{100 * accuracy:>11.2f}" + (f" ± {100 * error:.2f}" if error else 6 * " ")
+                                       for accuracy, error, _ in scores) + f"  {scores[0][2]}")
+    if "sliced_perplexity" in report:
+        print(f"  perplexity on {report['eval_samples']} x {report['seqlen']} tokens of {report['eval']}")
     if "slice_seconds" in report:
         print(f"  sliced in {report['slice_seconds']:.1f} s, by {report['samples']} x {report['seqlen']} tokens of "
               f"{report['calibration']}")
     print(f"  peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB\n")
-    texts = [textwrap.wrap(f"{name}: {column['text']}", 56) for name, column in figures.items()]
+    width = 114 // len(figures) - 3
+    texts = [textwrap.wrap(f"{name}: {column['text']}", width) for name, column in figures.items() if "text" in column]
     for lines in zip_longest(*texts, fillvalue=""):
-        print("  " + " | ".join(f"{line:56}" for line in lines).rstrip())
+        print("  " + " | ".join(f"{line:{width}}" for line in lines).rstrip())
 
 
 def fits(model, device) -> bool:
@@ -1377,6 +1544,9 @@ def fits(model, device) -> bool:
 @contextlib.contextmanager
 def placed(model, device):
     """The model on `device`, for good if it fits there; else its weights come and go as needed (accelerate)."""
+    if hasattr(model, "hf_device_map"):  # accelerate has placed it already
+        yield model
+        return
     if fits(model, device):
         yield model.to(device)
         return
@@ -1402,12 +1572,18 @@ def main(argv=None) -> int:
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        run(parse_arguments(argv))
+        args = parse_arguments(argv)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
+            dist.init_process_group()
+        run(args)
     except SliceGPTError as error:
         print(f"slicegpt: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
