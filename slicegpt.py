@@ -49,6 +49,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 
@@ -849,8 +851,13 @@ def dimension_for(model, share: float, round_to: int, shape) -> int:
 # ---- Several processes (torchrun), and a model larger than memory ---------------------------------------------------
 
 def share(samples: Tensor) -> Tensor:
-    """This process's part of the samples, which may be none of them; all, if there is one process."""
-    return samples.tensor_split(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else samples
+    """This process's part of the samples.
+
+    If there are fewer than processes, each takes all of them: more of the same changes no Q, no fit and no mean.
+    """
+    if not dist.is_initialized() or len(samples) < dist.get_world_size():
+        return samples
+    return samples.tensor_split(dist.get_world_size())[dist.get_rank()]
 
 
 def total(C: Tensor) -> Tensor:
@@ -879,48 +886,58 @@ class Stream:
 
     def __init__(self, work: Path, signal_memory: float = math.inf):
         self.work, self.signal_memory, self.files = work, signal_memory, {}
-        work.mkdir(parents=True, exist_ok=True)
 
     def load(self, path: str, config, dtype):
-        """The model, with its layers on the meta device. Raises SliceGPTError if its files are not all there."""
+        """The model, with its layers on the meta device. Raises ValueError if its files are not all there."""
         if not os.path.isdir(path):
             patterns = ["*.safetensors", "*.safetensors.index.json"]
             path = importlib.import_module("huggingface_hub").snapshot_download(path, allow_patterns=patterns)
         single, index = Path(path, "model.safetensors"), Path(path, "model.safetensors.index.json")
         if index.exists():
-            self.files = {name: Path(path, file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+            files = sorted({Path(path, file) for file in json.loads(index.read_text())["weight_map"].values()})
         elif single.exists():
-            self.files = dict.fromkeys(safe_open(single, "pt").keys(), single)
+            files = [single]
         else:
-            raise SliceGPTError("--stream needs .safetensors files, and there are none")
-        for file in sorted(set(self.files.values())):
-            try:
-                safe_open(file, "pt")
-            except Exception as error:
-                raise SliceGPTError(f"{file.name} is missing or damaged: {first_line(error)}") from error
+            raise ValueError("--stream needs .safetensors files, and there are none")
         with optional("accelerate").init_empty_weights():  # real buffers, such as rotary tables
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype).eval()
         with contextlib.suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-        model.stream, self.base, self.prefix = self, f"{model.base_model_prefix}.", f"{architecture(config).layers}."
+        model.stream, self.prefix = self, f"{architecture(config).layers}."
+        renamings = get_model_conversion_mapping(model)
+        for file in files:
+            try:
+                for stored in safe_open(file, "pt").keys():
+                    name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, model.state_dict())
+                    self.files[name] = file, stored
+            except Exception as error:
+                raise ValueError(f"{file.name} is missing or damaged: {first_line(error)}") from error
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        missing = [name for name in model.state_dict() if self.name(name) not in self.files and name not in tied]
-        if missing:
-            raise SliceGPTError(f"{len(missing)} weights are missing, among them {missing[0]}")
+        missing = model.state_dict().keys() - self.files.keys() - tied
+        check_complete(missing)
         self.fill(model, [name for name in model.state_dict() if not name.startswith(self.prefix) and name not in tied])
         model.tie_weights()
         return model
 
-    def name(self, name: str) -> str:
-        """The name in the files, which may be those of a model without a head."""
-        return name if name in self.files else name.removeprefix(self.base)
+    def begin(self, options: dict):
+        """Makes the directory `work`; what is in it already must have been begun with the same options."""
+        begun = self.work / "options.json"
+        with disk_errors(self.work):
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not begun.exists():
+                with complete(begun) as unfinished:
+                    unfinished.write_text(json.dumps(options))
+        other = [name for name, value in json.loads(begun.read_text()).items() if options.get(name) != value]
+        if other:
+            raise SliceGPTError(f"{self.work} was begun with other options ({', '.join(other)}); "
+                                "remove it to begin anew")
 
     def fill(self, module, names, prefix: str = ""):
         """Gives a module on the meta device the weights of these names."""
         weights = {}
         for name in names:
-            stored = self.name(prefix + name)
-            with safe_open(self.files[stored], "pt") as file:
+            file, stored = self.files[prefix + name]
+            with safe_open(file, "pt") as file:
                 weights[name] = file.get_tensor(stored).to(module.get_parameter(name).dtype, copy=True)
         module.load_state_dict(weights, strict=False, assign=True)
 
@@ -932,18 +949,19 @@ class Stream:
 
     def memory(self, shape, dtype) -> Tensor:
         """Memory that is the pages of a file without a name: it goes with the last tensor, or with the process."""
-        with tempfile.NamedTemporaryFile(dir=self.work) as file:
+        with disk_errors(self.work), tempfile.NamedTemporaryFile(dir=self.work) as file:
             os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)  # a full disk says so now
             return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
     def finish(self, number: int, layer, state, rewrites: bool):
         """Writes a layer, if it has been rewritten, and then the state behind it."""
-        if rewrites:
-            weights = {f"{self.prefix}{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
-            with complete(self.layer(number)) as unfinished:
-                save_file(weights, unfinished, {"format": "pt"})
-        with complete(self.state(rewrites)) as unfinished:
-            torch.save({"next": number + 1} | vars(state or SimpleNamespace()), unfinished)
+        weights = {f"{self.prefix}{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        with disk_errors(self.work):
+            if rewrites:
+                with complete(self.layer(number)) as unfinished:
+                    save_file(weights, unfinished, {"format": "pt"})
+            with complete(self.state(rewrites)) as unfinished, open(unfinished, "wb") as file:
+                torch.save({"next": number + 1} | vars(state or SimpleNamespace()), file)
 
     def resume(self, state, rewrites: bool) -> int:
         """The layer to begin with; `state` becomes what it was before that layer."""
@@ -1063,13 +1081,15 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
 
     batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
     """
-    device = device or model.device
-    loss, mine = torch.zeros((), dtype=torch.float64, device=device), share(tokens)
+    device, mine = device or model.device, share(tokens)
+    loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in progress(mine.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", unit="batch"):
         batch = batch.to(device)
         logits = at_least_float32(model(batch, use_cache=False).logits[:, :-1].flatten(0, 1))
-        loss += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
-    return math.exp(total(loss).item() / tokens[:, 1:].numel())
+        loss_and_count[0] += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+        loss_and_count[1] += len(logits)
+    loss, count = total(loss_and_count).tolist()
+    return math.exp(loss / count)
 
 
 def generate(model, tokenizer, prompt: str, device=None) -> str:
@@ -1105,7 +1125,10 @@ def zero_shot(model, tokenizer, names: list[str], manager, limit: int | None = N
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     network = optional("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
-    results = optional("lm_eval").simple_evaluate(network, tasks=names, task_manager=manager, limit=limit)["results"]
+    try:
+        results = optional("lm_eval").simple_evaluate(network, tasks=names, task_manager=manager, limit=limit)["results"]
+    except (OSError, ValueError) as error:
+        raise SliceGPTError(f"cannot run the tasks {','.join(names)}: {first_line(error)}") from error
     scores = {}
     for name in names:
         metric = "acc_norm" if "acc_norm,none" in results[name] else "acc"
@@ -1123,7 +1146,9 @@ def train(model, batches, learning_rate: float, label: str):
     """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, math.ceil(0.3 * len(batches)), len(batches))
+    steps = len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, (i + 1) / (0.3 * steps), (steps - i) / (0.7 * steps)))
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     kind, narrow = model.device.type, model.device.type == "cuda" or model.dtype.itemsize == 2
     model.train()
@@ -1205,8 +1230,10 @@ def load(name, dtype="auto", device="cpu", stream: Stream | None = None, **optio
             files["quantization_config"] = transformers.GgufConfig(dequantize=True)
         if device == "auto":
             optional("accelerate")
-            return auto.from_pretrained(path, dtype=dtype, device_map="auto", **files, **options), tokenizer
-        return auto.from_pretrained(path, dtype=dtype, **files, **options).to(device), tokenizer
+            options["device_map"] = "auto"
+        model, found = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **files, **options)
+        check_complete(found["missing_keys"])  # transformers would go on with random ones
+        return model if device == "auto" else model.to(device), tokenizer
     except SliceGPTError:
         raise
     except Exception as error:  # files from elsewhere can be wrong in many ways
@@ -1214,6 +1241,11 @@ def load(name, dtype="auto", device="cpu", stream: Stream | None = None, **optio
         if "connect" in reason.lower() and not os.path.exists(path):
             reason = "it is not a local path, and the hub cannot be reached; use a local directory, or --model demo"
         raise SliceGPTError(f"cannot load {name}: {reason}") from error
+
+
+def check_complete(missing):
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
 
 
 def save(model, tokenizer, path):
@@ -1245,11 +1277,13 @@ def save(model, tokenizer, path):
 
 @contextlib.contextmanager
 def disk_errors(path):
-    """Says in one line that the disk is full and the like. (safetensors and torch have errors of their own.)"""
+    """Says in one line that the disk is full and the like."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError):
+            error = error.__context__  # torch.save stumbles over the disk's error once more
+        if not isinstance(error, OSError | SafetensorError):
             raise
         raise SliceGPTError(f"cannot save to {path}: {first_line(error)}") from error
 
@@ -1388,7 +1422,11 @@ def prepare(args) -> tuple:
     if args.finetune:
         optional("peft")
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else "auto"
-    model, tokenizer = load(args.model, dtype, "auto" if args.device == "auto" else "cpu", begin_stream(args))
+    options = {name: str(value) for name, value in vars(args).items()
+               if name not in ("save", "report", "prompt", "eval", "eval_samples", "signal_memory")}
+    work = args.save.absolute().with_name(f".{args.save.name}.unfinished") if args.stream else None
+    files = Stream(work, args.signal_memory * 2**30) if work else None
+    model, tokenizer = load(args.model, dtype, "auto" if args.device == "auto" else "cpu", files)
     if args.device == "auto" and not hasattr(model.config, "slicegpt"):
         raise SliceGPTError("--device auto is for a model that is sliced already")
     positions = getattr(model.config, "max_position_embeddings", None) or 2048
@@ -1397,26 +1435,10 @@ def prepare(args) -> tuple:
     if args.finetune:
         text = read_text(args.calibration, False)
         args.finetune_tokens = tokenize(tokenizer, text, min(1024, positions), args.finetune, args.seed)
-    return model, tokenizer, tokenize(tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples), device
-
-
-def begin_stream(args) -> Stream | None:
-    """A stream beside what it is to be saved as, if there is to be one; only what these very options began goes on."""
-    if not args.stream:
-        return None
-    work = args.save.absolute().with_name(f".{args.save.name}.unfinished")
-    options = {name: str(value) for name, value in vars(args).items()
-               if name not in ("save", "report", "prompt", "eval", "eval_samples", "signal_memory")}
-    begun = work / "options.json"
-    with disk_errors(args.save):
-        files = Stream(work, args.signal_memory * 2**30)
-        if not begun.exists():
-            with complete(begun) as unfinished:
-                unfinished.write_text(json.dumps(options))
-    other = [name for name, value in json.loads(begun.read_text()).items() if options.get(name) != value]
-    if other:
-        raise SliceGPTError(f"{work} was begun with other options ({', '.join(other)}); remove it to begin anew")
-    return files
+    evaluation = tokenize(tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
+    if files:
+        files.begin(options)
+    return model, tokenizer, evaluation, device
 
 
 def run(args):

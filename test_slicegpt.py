@@ -6,9 +6,12 @@ Run with `python -m pytest test_slicegpt.py`.
 import copy
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,16 +19,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench
 import slicegpt
-from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance,
-                      dimension_for, embeddings, fuse, layers, least_squares, load, main, matrix, parameters, pca,
+from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, Stream, architecture, covariance,
+                      dimension_for, embeddings, finetune, fuse, layers, least_squares, load, main, matrix, parameters, pca,
                       perplexity, read_text, rotate, save, shared_rotation, slice_and_refit, slice_model,
                       sliced_dimension, stages, standard, tie_head, tokenize)
 
@@ -963,18 +968,18 @@ def test_the_language_reference_is_split_in_two():
     assert evaluation[:300] not in calibration
 
 
-def test_texts_of_the_hub_are_joined_as_the_field_does(monkeypatch, tmp_path):
+def test_texts_of_the_hub_are_joined_as_the_field_does(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(path, name=None, split=None):
-        asked.append((path, name, split))
-        return datasets.Dataset.from_dict({"text": ["= Title =", "words"]})
+    def load_dataset(path, name=None):
+        asked.append((path, name))
+        return {split: datasets.Dataset.from_dict({"text": [f"= {split} =", "words"]}) for split in ("train", "test")}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_text("wikitext2", True) == "= Title =\n\nwords"
-    read_text("wikitext2", False)
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("test", "train")]
+    assert read_text("wikitext2", True) == "= test =\n\nwords"
+    assert read_text("wikitext2", False) == "= train =\n\nwords"
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1")] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -1245,6 +1250,482 @@ def test_the_program_as_a_process(tiny):
     good, bad = run("--samples", "4", "--eval-samples", "2"), run("--sparsity", "2")
     assert good.returncode == 0 and "perplexity" in good.stdout
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr
+
+
+# ---- 4 Experiments: corpora, zero-shot tasks, recovery fine-tuning --------------------------------------------------
+
+ROWS = [{"text": f"row {i}", "more": i} for i in range(100)]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_a_corpus_is_the_text_column_of_a_file(tmp_path, monkeypatch, suffix):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = str(tmp_path / f"rows.{suffix}")
+    rows = datasets.Dataset.from_list(ROWS + [{"text": None, "more": 0}])
+    rows.to_parquet(path) if suffix == "parquet" else rows.to_json(path, lines=suffix == "jsonl")
+    assert read_text(path, False) == read_text(path, True) == "\n\n".join([row["text"] for row in ROWS] + [""])
+    rows.remove_columns("text").to_parquet(str(tmp_path / "none.parquet"))
+    (tmp_path / "bad.json").write_text("{")
+    for name, message in (("none.parquet", "it has no column text, only more"), ("bad.json", "bad.json"),
+                          ("nowhere.jsonl", "nowhere.jsonl")):
+        with pytest.raises(SliceGPTError, match=f"cannot read the text .*{message}"):
+            read_text(str(tmp_path / name), False)
+
+
+def test_alpaca_is_split_always_in_the_same_way(tmp_path, monkeypatch):
+    """The hub's data set has a train split only, of this schema."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "alpaca" / "data").mkdir(parents=True)
+    datasets.Dataset.from_list([{"instruction": "", "input": "", "output": "", **row} for row in ROWS]).to_parquet(
+        tmp_path / "alpaca" / "data" / "train-00000-of-00001-a09b74b3ef9c3b56.parquet")
+    assert slicegpt.HUB_TEXTS["alpaca"][0] == "tatsu-lab/alpaca"
+    monkeypatch.setitem(slicegpt.HUB_TEXTS, "alpaca", (str(tmp_path / "alpaca"), None))
+    parts = [read_text("alpaca", evaluation).split("\n\n") for evaluation in (False, True)]
+    assert [len(part) for part in parts] == [80, 10] and not set(parts[0]) & set(parts[1])
+    assert set(parts[0]) | set(parts[1]) < {row["text"] for row in ROWS}
+    assert parts == [read_text("alpaca", evaluation).split("\n\n") for evaluation in (False, True)]
+    assert parts[0] != sorted(parts[0])
+
+
+def mild(model):
+    """With weights as mild as trained ones, in place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data / 4 if parameter.dim() > 1 else 1 + parameter.data / 8
+    return model
+
+
+NEEDS_PEFT = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
+
+
+@NEEDS_PEFT
+@settings(max_examples=20)
+@given(networks(), st.sampled_from(["block", "shared", "tied"]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, kind, dtype):
+    tokens = random_tokens(4, 12).repeat(24, 1)  # what can be learned by heart
+    mild(model)
+    model.get_output_embeddings().weight.data *= 4
+    slice_model(model, tokens, 0.5, round_to=2) if kind != "shared" else rotate(
+        model, shared_rotation(model, tokens)[:, :model.config.hidden_size // 2])
+    if kind == "tied":
+        tie_head(model, tokens)
+    model, _ = standard(model.to(dtype))
+    before, config, state = copy.deepcopy(model), model.config.to_dict(), torch.get_rng_state()
+    finetune(model, tokens, learning_rate=3e-3)
+    assert perplexity(model, tokens[:4]) < 0.99 * perplexity(before, tokens[:4])
+    assert type(model) is type(before) and model.config.to_dict() == config and not model.training
+    weights, old = model.state_dict(), before.state_dict()
+    assert {name: W.shape for name, W in weights.items()} == {name: W.shape for name, W in old.items()}
+    assert all(W.dtype == old[name].dtype for name, W in weights.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    changed = {name.rpartition(".")[0].rpartition(".")[2] for name in weights if not torch.equal(weights[name], old[name])}
+    inside = [name for stage in stages(model) for block in stage.blocks for name in block.W_in.split()]
+    assert changed and changed <= {name.rpartition(".")[2] for name in inside} | {"fc2"}  # peft's default for Phi
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@NEEDS_PEFT
+def test_finetuning_that_diverges_leaves_the_model_as_it_was():
+    model, tokens = sliced_network().float(), random_tokens(40, 12)
+    model.get_output_embeddings().weight.data[7, 0] = math.inf
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SliceGPTError, match="the loss is not finite in recovery fine-tuning"):
+        finetune(model, tokens)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@NEEDS_PEFT
+def test_finetuning_from_the_command_line(tiny, tmp_path, monkeypatch):
+    path, options = tiny
+    options = [*options, "--samples", "4", "--eval-samples", "2"]
+    code, out, _ = command(*options, "--sparsity", "0.5", "--finetune", "9", "--save", tmp_path / "tuned",
+                           "--report", tmp_path / "json")
+    report = json.loads((tmp_path / "json").read_text())
+    model, tokenizer = load(tmp_path / "tuned")
+    tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 2)
+    assert code == 0 and "finetuned" in out and model.config.slicegpt["dimensions"] == [8] * 5
+    assert math.isclose(report["finetuned_perplexity"], perplexity(model, tokens), rel_tol=1e-6)
+    assert report["finetuned_perplexity"] != report["sliced_perplexity"]
+    code, out, _ = command(*options, "--model", tmp_path / "tuned", "--finetune", "9")  # what is sliced already, too
+    assert code == 0 and "finetuned" in out and "dense" not in out
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: torch.zeros(tensor.shape, dtype=torch.bool))
+    monkeypatch.setattr(slicegpt, "check_finite", lambda *_: None)
+    code, out, err = command(*options, "--finetune", "9", "--save", tmp_path / "sliced")
+    assert code == 2 and "loss is not finite" in err and "saved to" in out
+    load(tmp_path / "sliced")
+
+
+def letters(path):
+    """A directory with a multiple-choice task, of 30 questions, and one that measures something else."""
+    path.mkdir()
+    words = [{"question": f"the {chr(97 + i % 26)} is", "choices": ["a fox", "lazy", "the dog"], "answer": i % 3}
+             for i in range(30)]
+    (path / "letters.jsonl").write_text("\n".join(json.dumps(word) for word in words))
+    task = (f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {path}/letters.jsonl\ntest_split: test\n"
+            'doc_to_text: "{{question}}"\n')
+    choices = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n"
+    (path / "letters.yaml").write_text(f"task: letters\n{task}{choices}  - metric: acc\n  - metric: acc_norm\n")
+    (path / "plain.yaml").write_text(f"task: plain\n{task}{choices}  - metric: acc\n")
+    (path / "length.yaml").write_text(f"task: length\n{task}output_type: loglikelihood\n"
+                                      "doc_to_target: \" {{question}}\"\nmetric_list:\n  - metric: perplexity\n")
+    (path / "absent.yaml").write_text("task: absent\n" + task.replace("letters.jsonl", "absent.jsonl") + choices +
+                                      "  - metric: acc\n")
+    return path
+
+
+EVALUATE = """
+import json, sys
+from lm_eval import simple_evaluate, tasks
+manager = tasks.TaskManager(include_path=sys.argv[1])
+for path, trust in ((sys.argv[2], True), (sys.argv[3], False)):
+    arguments = {"pretrained": path, "trust_remote_code": trust, "dtype": "float32"}
+    results = simple_evaluate("hf", arguments, tasks=["letters"], task_manager=manager, device="cpu")
+    print(results["results"]["letters"]["acc_norm,none"])
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed")
+def test_zero_shot_tasks(tiny, tmp_path, monkeypatch):
+    """Through the real harness; and by the harness alone, from what was saved."""
+    path, options = tiny
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options = [*options, "--model", path / "tied", "--samples", "4", "--eval-samples", "2", "--sparsity", "0.5",
+               "--tasks-path", letters(tmp_path / "tasks")]
+    found = []
+    for name, flags in (("block", []), ("shared", ["--rotation", "shared"])):
+        code, out, _ = command(*options, *flags, "--tasks", "letters,plain", "--save", tmp_path / name,
+                               "--report", tmp_path / "json")
+        report = json.loads((tmp_path / "json").read_text())
+        assert code == 0
+        for column in ("dense_tasks", "sliced_tasks"):
+            accuracy, error, metric = report[column]["letters"]
+            assert metric == "acc_norm" and 0 < accuracy < 1
+            assert math.isclose(error, (accuracy * (1 - accuracy) / 29) ** 0.5, rel_tol=1e-6)
+            assert f"{100 * accuracy:.2f} ± {100 * error:.2f}" in out
+            assert report[column]["plain"][2] == "acc"
+            assert math.isclose(report[column]["average"][0], (accuracy + report[column]["plain"][0]) / 2)
+        found.append(report["sliced_tasks"]["letters"][0])
+    outside = subprocess.run([sys.executable, "-c", EVALUATE, tmp_path / "tasks", tmp_path / "block",
+                              tmp_path / "shared"], capture_output=True, text=True, cwd=tmp_path,
+                             env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    assert outside.returncode == 0, outside.stderr
+    assert [float(line) for line in outside.stdout.split()[-2:]] == found
+    code, _, _ = command(*options, "--tasks", "letters", "--tasks-limit", "5", "--report", tmp_path / "json")
+    assert code == 0 and 5 * json.loads((tmp_path / "json").read_text())["sliced_tasks"]["letters"][0] % 1 < 1e-9
+    for tasks, message in (("leters", "there is no task leters; did you mean .*letters"),
+                           ("length", "the task length measures no accuracy"),
+                           ("absent", "cannot run the tasks absent: .*absent.jsonl")):
+        code, _, err = command(*options, "--tasks", tasks)
+        last = err.splitlines()[-1]
+        assert code == 2 and last.startswith("slicegpt: ") and re.search(message, last)
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+def cases():
+    """Every way to slice, of sequential and parallel layers, with five sequences and with one: weights, perplexity."""
+    for family, options in (("llama", TINY), ("opt", TINY_OPT), ("phi", TINY)):
+        for way, samples in itertools.product(("block", "refit", "shared refit"), (5, 1)):
+            model, tokens = network(family, 0, **options), random_tokens(samples, 12)
+            with Double():
+                if way == "block":
+                    slice_model(model, tokens, 0.5, batch_size=2)
+                else:
+                    sliced_beyond(model, tokens, 0.5, "shared" in way, batch_size=2)
+                yield f"{family}, {way}, {samples}", model.state_dict(), perplexity(model, tokens, batch_size=2)
+
+
+def slice_in_one_of_two_processes(rank: int, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    torch.save(list(cases()), path / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_slice_as_one_does(tmp_path):
+    """The samples do not come out even, or the second process has none."""
+    torch.multiprocessing.spawn(slice_in_one_of_two_processes, (tmp_path,), nprocs=2)
+    for alone, first, second in zip(cases(), *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True):
+        assert alone[0] == first[0] == second[0]
+        for name, W in alone[1].items():
+            assert torch.equal(first[1][name], second[1][name])
+            assert_same(first[1][name].abs(), W.abs(), 1e-10)  # signs of eigenvectors are free
+        assert math.isclose(alone[2], first[2], rel_tol=1e-10) and first[2] == second[2]
+
+
+def test_torchrun(tiny, tmp_path):
+    """The program under torchrun, recovery fine-tuning included: one report, one saved model."""
+    path, options = tiny
+    options = [*options, "--samples", "5", "--eval-samples", "3", "--sparsity", "0.5", "--dtype", "float64"]
+    tune = ["--finetune", "6"] if importlib.util.find_spec("peft") else []
+    processes = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", HERE / "slicegpt.py", *options, *tune,
+         "--save", tmp_path / "two", "--report", tmp_path / "json"], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert processes.returncode == 0, processes.stderr
+    assert processes.stdout.count("saved to") == processes.stdout.count("perplexity  ") == 1
+    code, _, _ = command(*options, "--save", tmp_path / "one", "--report", tmp_path / "one.json")
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("json", "one.json"))
+    for figure in ("dense_perplexity", "sliced_perplexity"):
+        assert math.isclose(one[figure], two[figure], rel_tol=1e-6)  # norms compute in float32
+    assert not tune or two["finetuned_perplexity"] != two["sliced_perplexity"]
+    load(tmp_path / "two")
+    bad = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", HERE / "slicegpt.py",
+                          *options, "--stream", "--save", tmp_path / "no"], capture_output=True, text=True)
+    assert bad.returncode != 0 and "slicegpt: --stream needs --save, and goes without" in bad.stderr
+
+
+# ---- Models larger than memory --------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="accelerate is not installed")
+@pytest.mark.parametrize("family, options", [("llama", TINY), ("opt", TINY_OPT), ("phi", TINY)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sliced_model_is_spread_over_memory_and_disk(tmp_path, family, options, tied):
+    model = sliced_network((family, options | {"num_hidden_layers": 4}))
+    if tied:
+        tie_head(model)
+    save(model, tiny_tokenizer(), tmp_path / "sliced")
+    batch = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    limit = sum(W.nbytes for W in model.parameters()) * 2 // 3
+    spread, _ = load(tmp_path / "sliced", device="auto", max_memory={"cpu": limit})
+    places = {name.split(".layers.")[1]: place for name, place in spread.hf_device_map.items() if ".layers." in name}
+    assert set(places.values()) == {"cpu", "disk"} and set(places) == set("0123")  # and no layer is split
+    away = [name for name, W in spread.named_parameters() if W.is_meta]
+    assert any("shortcut" in name for name in away)
+    assert_same(logits(spread, batch), logits(model, batch))
+    with slicegpt.placed(spread, torch.device("cpu")) as placed:
+        assert math.isclose(perplexity(placed, batch[0], device="cpu"), perplexity(model, batch[0]), rel_tol=1e-6)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="accelerate is not installed")
+def test_device_auto_from_the_command_line(tiny, tmp_path):
+    path, options = tiny
+    options = [*options, "--eval-samples", "2", "--seqlen", "16", "--device", "auto"]
+    save(sliced_network().float(), tiny_tokenizer(), tmp_path / "sliced")
+    code, out, _ = command(*options, "--model", tmp_path / "sliced")
+    assert code == 0 and "perplexity" in out
+    code, _, err = command(*options)
+    assert code == 2 and "--device auto is for a model that is sliced already" in err
+
+
+NEEDS_ACCELERATE = pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="accelerate is not installed")
+
+
+@NEEDS_ACCELERATE
+@settings(max_examples=20)
+@given(networks(), st.sampled_from(["block", "full head", "by variance", "refit", "tied", "shared", "shared refit"]),
+       st.sampled_from([0, math.inf]))
+def test_a_stream_comes_to_what_slicing_in_memory_comes_to(tmp_path_factory, model, way, signal_memory):
+    path, tokens, D = tmp_path_factory.mktemp("stream"), random_tokens(6, 12), model.config.hidden_size
+    if model.config.model_type == "gpt2":
+        way = {"full head": "block", "by variance": "refit"}.get(way, way)
+        model.base_model.save_pretrained(path / "dense", max_shard_size="3KB")  # as on the hub: names without a prefix
+        if not model.config.tie_word_embeddings:
+            model.lm_head.weight.data = model.transformer.wte.weight.data
+            model.config.tie_word_embeddings = True
+            model.config.save_pretrained(path / "dense")
+    else:
+        model.save_pretrained(path / "dense", max_shard_size="3KB")
+    tiny_tokenizer().save_pretrained(path / "dense")
+    for work in (None, path / ".work"):
+        stream = Stream(work, signal_memory) if work else None
+        model, tokenizer = load(path / "dense", stream=stream)
+        if stream:
+            stream.begin({})
+        with Double():
+            Q = shared_rotation(model, tokens, batch_size=4) if "shared" in way else None
+            if "refit" in way:
+                slice_and_refit(model, tokens, 0.5, Q=Q, round_to=2, batch_size=4)
+            elif "shared" in way:
+                rotate(model, Q[:, :sliced_dimension(D, 0.5, 2)])
+            else:
+                slice_model(model, tokens, 0.5, round_to=2, batch_size=4, slice_head=way != "full head",
+                            discard_variance=0.1 if way == "by variance" else None)
+            if way == "tied":
+                tie_head(model, tokens)
+            if not stream:
+                model, _ = standard(model)
+            assert not stream or all(W.is_meta for W in layers(model).parameters())
+            save(model, tokenizer, path / ("streamed" if work else "sliced"))
+    (expected, _), (found, _) = (load(path / name) for name in ("sliced", "streamed"))
+    batch = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    assert type(found).__name__ == type(expected).__name__ and found.state_dict().keys() == expected.state_dict().keys()
+    assert all(W.dtype == torch.float64 for W in found.parameters())
+    assert_same(logits(found, batch), logits(expected, batch), 1e-9)
+    without = {"_name_or_path"}
+    assert {k: v for k, v in found.config.to_dict().items() if k not in without} == {
+        k: v for k, v in expected.config.to_dict().items() if k not in without}
+    files = [{file.name for file in (path / name).iterdir() if "safetensors" not in file.name}
+             for name in ("sliced", "streamed")]
+    assert files[0] == files[1] and {file.name for file in path.iterdir()} == {"dense", "sliced", "streamed"}
+    index = json.loads((path / "streamed" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(layers(found)) + 1
+
+
+KILL = """
+import os, random, sys
+import slicegpt
+begin, *arguments = sys.argv[1:]
+calls = kill_at = 0
+
+def count(frame, event, _):
+    global calls
+    calls += frame.f_code.co_filename == slicegpt.__file__ and event in ("call", "return")
+    if calls == kill_at:
+        os.kill(os.getpid(), 9)
+
+def run(directory):
+    pid = os.fork()
+    if pid == 0:
+        sys.setprofile(count)
+        code = slicegpt.main([*arguments, "--save", directory])
+        sys.setprofile(None)
+        open(directory + ".calls", "w").write(str(calls))
+        os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+assert run("whole") == 0
+total, lives = int(open("whole.calls").read()), 1
+random.seed(int(begin))
+for kill_at in sorted(random.sample(range(total // 4, total), 10)):  # the first calls load the texts
+    lives += run("killed") == 9
+    if os.path.exists("killed"):
+        break
+kill_at = 0
+assert os.path.exists("killed") or run("killed") == 0
+print("lives", lives)
+"""
+
+
+@NEEDS_ACCELERATE
+@pytest.mark.parametrize("flags", [[], ["--refit", "--head", "tied"], ["--rotation", "shared"],
+                                   ["--rotation", "shared", "--refit", "--signal-memory", "0"]], ids=" ".join)
+def test_a_killed_stream_goes_on_to_the_same_bits(tiny, tmp_path, flags):
+    """SIGKILL at random calls and returns of this file's functions, ten times over, from beginning to end."""
+    path, options = tiny
+    deep = network("llama", 0, **TINY | {"num_hidden_layers": 4, "tie_word_embeddings": True}).float()
+    deep.save_pretrained(tmp_path / "deep", max_shard_size="3KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "deep")
+    arguments = [*options, "--model", tmp_path / "deep", "--stream", "--samples", "6", "--batch-size", "2",
+                 "--sparsity", "0.5", *flags]
+    done = subprocess.run([sys.executable, "-c", KILL, str(len(flags)), *arguments], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 3
+    whole, killed = (sorted((tmp_path / name).iterdir()) for name in ("whole", "killed"))
+    assert [file.name for file in whole] == [file.name for file in killed]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(whole, killed))
+    load(tmp_path / "killed")
+
+
+LARGE = """
+import resource, sys, slicegpt
+slicegpt.main(["--model", "demo", "--sparsity", "0.5", "--samples", "2", "--eval-samples", "1", "--seqlen", "32"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+slicegpt.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@NEEDS_ACCELERATE
+def test_a_stream_needs_the_memory_of_a_layer(tiny, tmp_path):
+    """A model of 600 MB with 16 layers: beyond what the program needs for a tiny one, it takes a few layers' memory."""
+    path, options = tiny
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072,
+                                      num_hidden_layers=16, num_attention_heads=8, max_position_embeddings=32)
+    model = AutoModelForCausalLM.from_config(config)
+    size = sum(W.nbytes for W in model.parameters())
+    layer = sum(W.nbytes for W in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path / "large", max_shard_size="200MB")
+    del model
+    tiny_tokenizer().save_pretrained(tmp_path / "large")
+    done = subprocess.run([sys.executable, "-c", LARGE, *options, "--model", tmp_path / "large", "--stream",
+                           "--samples", "8", "--save", tmp_path / "sliced"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    before, after = (int(line) for line in done.stdout.split("\n") if line.isdigit())
+    assert 6e8 < size and after - before < 5 * layer < size / 3, (before, after, layer)
+    assert sum(file.stat().st_size for file in (tmp_path / "sliced").iterdir()) > size / 2
+
+
+@NEEDS_ACCELERATE
+def test_a_stream_refuses_what_it_cannot_read(tiny, tmp_path):
+    path, options = tiny
+    network("llama", 0, **TINY).float().save_pretrained(tmp_path / "shards", max_shard_size="3KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "shards")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    options = [*options, "--samples", "4", "--eval-samples", "2"]
+
+    def refused(message, model, *flags):
+        for flag in flags or ["--stream"]:
+            code, out, err = command(*options, "--model", model, "--save", tmp_path / "sliced", *flag.split())
+            assert code == 2 and err.count("\n") == 1 and re.search(message, err), err
+            assert not any("sliced" in file.name for file in tmp_path.iterdir())
+
+    refused("--stream needs --save", path / "model", "--stream --finetune")
+    (tmp_path / "bin").mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bin" / file).write_bytes((path / "model" / file).read_bytes())
+    torch.save(load(path / "model")[0].state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    refused("--stream needs .safetensors files, and there are none", tmp_path / "bin")
+    save(sliced_network().float(), tiny_tokenizer(), tmp_path / "already")
+    refused("--stream needs a dense model's .safetensors files, and .*already is none", tmp_path / "already")
+    (tmp_path / "some.gguf").write_bytes(b"")
+    refused("gguf", tmp_path / "some.gguf")
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-100])
+    refused(shards[1].name + "|header", tmp_path / "shards", "", "--stream")
+    shards[1].unlink()
+    refused(shards[1].name, tmp_path / "shards", "", "--stream")
+    shards[1].write_bytes(whole)
+    weights = load_file(shards[1])
+    lost = min(weights)
+    del weights[lost]
+    save_file(weights, shards[1], {"format": "pt"})
+    refused(f"1 weights are missing, among them {lost}", tmp_path / "shards", "", "--stream")
+
+
+FULL = """
+import resource, sys, slicegpt
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(slicegpt.main(sys.argv[2:]))
+"""
+
+
+@NEEDS_ACCELERATE
+def test_a_disk_that_fills_up(tiny, tmp_path):
+    """Files end at a size, as on a full disk; an earlier save stays, and with more room the stream goes on."""
+    path, options = tiny
+    options = [*options, "--samples", "6", "--eval-samples", "2"]
+    assert command(*options, "--save", tmp_path / "good")[0] == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
+    for flags in ([], ["--stream"], ["--stream", "--signal-memory", "0"]):
+        for limit in (4000, 11_500, 14_000):
+            full = subprocess.run([sys.executable, "-c", FULL, str(limit), *options, "--save", tmp_path / "new", *flags],
+                                  env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True)
+            assert full.returncode == 2, full.stderr
+            assert full.stderr.splitlines()[-1].startswith(f"slicegpt: cannot save to {tmp_path}/"), full.stderr
+            assert not (tmp_path / "new").exists() and "Traceback" not in full.stderr
+        assert command(*options, "--save", tmp_path / "new", *flags)[0] == 0
+        load(tmp_path / "new")
+        shutil.rmtree(tmp_path / "new")
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
+
+
+@NEEDS_ACCELERATE
+def test_a_stream_goes_on_only_with_the_options_that_began_it(tiny, tmp_path, monkeypatch):
+    path, options = tiny
+    options = [*options, "--samples", "4", "--eval-samples", "2", "--stream", "--save", tmp_path / "sliced"]
+    with monkeypatch.context() as patch:
+        patch.setattr(slicegpt, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command(*options, "--sparsity", "0.5")[0] == 130
+    code, _, err = command(*options, "--sparsity", "0.25", "--refit")
+    assert code == 2 and "was begun with other options (sparsity, refit); remove it to begin anew" in err
+    code, out, _ = command(*options, "--sparsity", "0.5")
+    assert code == 0 and "saved to" in out and load(tmp_path / "sliced")[0].config.slicegpt["dimensions"] == [8] * 5
+    assert [file.name for file in tmp_path.iterdir()] == ["sliced"]
 
 
 # ---- Real models ----------------------------------------------------------------------------------------------------
