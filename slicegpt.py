@@ -33,6 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
@@ -499,6 +500,7 @@ def visit(model, device=None, state: SimpleNamespace | None = None, rewrites: bo
         layer.to(home)
         if files is not None:
             files.finish(number, layer, state, rewrites)
+            layer.to("meta")  # its memory is needed for the next one, whoever still refers to it
 
 
 def sweep(model, calibration: Tensor, device, state: SimpleNamespace, rewrites: bool = True):
@@ -1540,7 +1542,8 @@ def print_report(report: dict, figures: dict):
     """A column of figures for each model, and under them what the models wrote, side by side."""
     print(f"\n{report['model']}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
-        print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values() if key in column))
+        if f"sliced_{key}" in report:
+            print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
     for task in report["tasks"] and [*report["tasks"], "average"]:
         scores = [column["tasks"][task] for column in figures.values()]
         print(f"  {task:14}" + "".join(f"{100 * accuracy:>11.2f}" + (f" ± {100 * error:.2f}" if error else 6 * " ")
@@ -1591,6 +1594,7 @@ def peak_memory(device) -> int:
 def main(argv=None) -> int:
     """The exit code: 0, or 2 after one line on standard error for what the user can mend."""
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

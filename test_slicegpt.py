@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bench
 import slicegpt
 from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, Stream, architecture, covariance,
-                      dimension_for, embeddings, finetune, fuse, layers, least_squares, load, main, matrix, parameters, pca,
+                      dimension_for, embeddings, finetune, fuse, harness, layers, least_squares, load, main, matrix, parameters, pca,
                       perplexity, read_text, rotate, save, shared_rotation, slice_and_refit, slice_model,
-                      sliced_dimension, stages, standard, tie_head, tokenize)
+                      sliced_dimension, stages, standard, tie_head, tokenize, zero_shot)
 
 settings.register_profile("paper", deadline=None, max_examples=50, print_blob=True,
                           suppress_health_check=list(HealthCheck))
@@ -1412,14 +1412,14 @@ def test_zero_shot_tasks(tiny, tmp_path, monkeypatch):
                              env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")})
     assert outside.returncode == 0, outside.stderr
     assert [float(line) for line in outside.stdout.split()[-2:]] == found
-    code, _, _ = command(*options, "--tasks", "letters", "--tasks-limit", "5", "--report", tmp_path / "json")
-    assert code == 0 and 5 * json.loads((tmp_path / "json").read_text())["sliced_tasks"]["letters"][0] % 1 < 1e-9
-    for tasks, message in (("leters", "there is no task leters; did you mean .*letters"),
-                           ("length", "the task length measures no accuracy"),
-                           ("absent", "cannot run the tasks absent: .*absent.jsonl")):
-        code, _, err = command(*options, "--tasks", tasks)
-        last = err.splitlines()[-1]
-        assert code == 2 and last.startswith("slicegpt: ") and re.search(message, last)
+    (names, manager), (model, tokenizer) = harness("letters,plain", tmp_path / "tasks"), load(tmp_path / "shared")
+    assert 5 * zero_shot(model, tokenizer, names, manager, limit=5)["letters"][0] % 1 < 1e-9
+    for task, message in (("length", "the task length measures no accuracy"),
+                          ("absent", "cannot run the tasks absent: .*absent.jsonl")):
+        with pytest.raises(SliceGPTError, match=message):
+            zero_shot(model, tokenizer, [task], manager)
+    code, _, err = command(*options, "--tasks", "leters")
+    assert code == 2 and err.count("\n") == 1 and "there is no task leters; did you mean letters" in err
 
 
 # ---- Several processes ----------------------------------------------------------------------------------------------
@@ -1701,8 +1701,8 @@ def test_a_disk_that_fills_up(tiny, tmp_path):
     options = [*options, "--samples", "6", "--eval-samples", "2"]
     assert command(*options, "--save", tmp_path / "good")[0] == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
-    for flags in ([], ["--stream"], ["--stream", "--signal-memory", "0"]):
-        for limit in (4000, 11_500, 14_000):
+    for flags, limits in (([], [4000]), (["--stream"], [4000, 14_000]), (["--stream", "--signal-memory", "0"], [11_500])):
+        for limit in limits:
             full = subprocess.run([sys.executable, "-c", FULL, str(limit), *options, "--save", tmp_path / "new", *flags],
                                   env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True)
             assert full.returncode == 2, full.stderr
