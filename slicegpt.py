@@ -1128,7 +1128,8 @@ def zero_shot(model, tokenizer, names: list[str], manager, limit: int | None = N
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     network = optional("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     try:
-        results = optional("lm_eval").simple_evaluate(network, tasks=names, task_manager=manager, limit=limit)["results"]
+        evaluate = optional("lm_eval").simple_evaluate
+        results = evaluate(network, tasks=names, task_manager=manager, limit=limit)["results"]
     except (OSError, ValueError) as error:
         raise SliceGPTError(f"cannot run the tasks {','.join(names)}: {first_line(error)}") from error
     scores = {}
@@ -1143,8 +1144,8 @@ def zero_shot(model, tokenizer, names: list[str], manager, limit: int | None = N
 def train(model, batches, learning_rate: float, label: str):
     """Trains what is not frozen, by AdamW, on each batch of tokens (B, N) once; leaves the model in eval mode.
 
-    The learning rate rises for three tenths of the steps and then falls, linearly. Raises SliceGPTError for a loss that is
-    not finite, before that step.
+    The learning rate rises for three tenths of the steps and then falls, linearly. Raises SliceGPTError for a loss that
+    is not finite, before that step.
     """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate)
@@ -1401,7 +1402,7 @@ def prepare(args) -> tuple:
     """(model, tokenizer, evaluation tokens, device), as the options say. What can be checked early is checked first."""
     text = "pydoc" if args.model == "demo" else "wikitext2"
     args.calibration, args.eval = args.calibration or text, args.eval or text
-    accelerator = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=accelerator if args.device in (None, "auto") else args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -1418,8 +1419,8 @@ def prepare(args) -> tuple:
     if args.report and not args.report.parent.is_dir():
         raise SliceGPTError(f"cannot write {args.report}: there is no directory {args.report.parent}")
     if args.stream and (not args.save or args.finetune or args.tasks or dist.is_initialized()):
-        raise SliceGPTError("--stream needs --save, and goes without --finetune, --tasks and torchrun: what it has saved "
-                            "can be measured (--device auto) and fine-tuned afterwards")
+        raise SliceGPTError("--stream needs --save, and goes without --finetune, --tasks and torchrun: what it has "
+                            "saved can be measured (--device auto) and fine-tuned afterwards")
     args.tasks, args.harness = harness(args.tasks, args.tasks_path) if args.tasks else ([], None)
     if args.finetune:
         optional("peft")
@@ -1475,6 +1476,8 @@ def run(args):
     figures["sliced"] = measure()
     if args.finetune:
         try:
+            if not fits(model, device):
+                raise SliceGPTError("--finetune needs a device that holds the model")
             finetune(model.to(device), args.finetune_tokens, seed=args.seed)
             figures["finetuned"] = measure()
         except SliceGPTError as error:  # what has been sliced is saved all the same
@@ -1601,6 +1604,8 @@ def main(argv=None) -> int:
         args = parse_arguments(argv)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
             dist.init_process_group()
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         run(args)
     except SliceGPTError as error:
         print(f"slicegpt: {error}", file=sys.stderr)
