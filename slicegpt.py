@@ -959,9 +959,8 @@ class Stream:
         """Writes a layer, if it has been rewritten, and then the state behind it."""
         weights = {f"{self.prefix}{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
         with disk_errors(self.work):
-            if rewrites:
-                with complete(self.layer(number)) as unfinished:
-                    save_file(weights, unfinished, {"format": "pt"})
+            if rewrites:  # it counts when the state says so
+                save_file(weights, self.layer(number), {"format": "pt"})
             with complete(self.state(rewrites)) as unfinished, open(unfinished, "wb") as file:
                 torch.save({"next": number + 1} | vars(state or SimpleNamespace()), file)
 
