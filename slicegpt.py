@@ -1300,7 +1300,8 @@ def optional(package: str):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise SliceGPTError(f"this needs the package {package}: pip install {package}") from None
+        name = package.partition(".")[0].replace("_", "-")
+        raise SliceGPTError(f"this needs the package {name}: pip install {name}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -1237,10 +1237,19 @@ def test_a_sliced_model_is_not_sliced_again(tiny, tmp_path):
     assert code == 2 and "sliced already" in err
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SliceGPTError, match="pip install datasets"):
         read_text("wikitext2", True)
+    for package, flags in (("peft", ["--finetune"]), ("lm_eval", ["--tasks", "piqa"]),
+                           ("accelerate", ["--stream", "--save", tmp_path / "sliced"])):
+        with monkeypatch.context() as patch:
+            for module in {package, f"{package}.tasks", *(name for name in sys.modules if name.startswith(package))}:
+                patch.setitem(sys.modules, module, None)
+            path, options = tiny
+            code, _, err = command(*options, *flags)
+        name = package.replace("_", "-")
+        assert code == 2 and err == f"slicegpt: this needs the package {name}: pip install {name}\n"
 
 
 def test_the_program_as_a_process(tiny):
