@@ -314,6 +314,7 @@ def fuse(model):
         return
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
+    model._weight_conversions = []  # nor may it save under names that only the dense model's class understands
     for embedding in embeddings(model):
         fuse_writer(last_norm, embedding)
     for layer in layers(model) if stream(model) is None else []:
