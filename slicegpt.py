@@ -489,9 +489,8 @@ def visit(model, device=None, state: SimpleNamespace | None = None, rewrites: bo
     """
     files, device = stream(model), device or model.device
     first = files.resume(state, rewrites) if files is not None else 0
-    for number in progress(range(len(layers(model))), "layers", unit="layer", initial=first):
-        if number < first:
-            continue
+    numbers = range(first, len(layers(model)))
+    for number in progress(numbers, "layers", unit="layer", initial=first, total=numbers.stop):
         layer = layers(model)[number]
         if files is not None:
             layer = files.read(model, number)
@@ -907,18 +906,17 @@ class Stream:
         with contextlib.suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
         model.stream, self.prefix = self, f"{architecture(config).layers}."
-        renamings = get_model_conversion_mapping(model)
+        renamings, own = get_model_conversion_mapping(model), model.state_dict()
         for file in files:
             try:
                 for stored in safe_open(file, "pt").keys():
-                    name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, model.state_dict())
+                    name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
                     self.files[name] = file, stored
             except Exception as error:
                 raise ValueError(f"{file.name} is missing or damaged: {first_line(error)}") from error
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        missing = model.state_dict().keys() - self.files.keys() - tied
-        check_complete(missing)
-        self.fill(model, [name for name in model.state_dict() if not name.startswith(self.prefix) and name not in tied])
+        check_complete(own.keys() - self.files.keys() - tied)
+        self.fill(model, [name for name in own if not name.startswith(self.prefix) and name not in tied])
         model.tie_weights()
         return model
 
