@@ -222,7 +222,7 @@ def spectrum(args, options):
         for x in X.split(setting.batch_size):
             Z = x.to(device)
             C = C + slicegpt.covariance(norm(Z))
-            x.copy_(stage(layer, Z, Z, *others, **kwargs))
+            x.copy_(stage(layer, Z, None, *others, **kwargs))
         if parts.ffn in stage.blocks:
             lines.append(slicegpt.pca(C)[0].clamp_min(0).cpu())
     print(f"{setting.model}, inputs of the FFN, {len(calibration)} x {setting.seqlen} tokens of {setting.calibration}: "

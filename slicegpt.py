@@ -86,12 +86,13 @@ class Stage:
     shortcut: str
     blocks: tuple[Block, ...]
 
-    def __call__(self, layer, X, residual, *args, **kwargs):
-        """Algorithm 1, lines 4 and 5: `residual` + Z of every block."""
+    def __call__(self, layer, X, S: Tensor | None, *args, **kwargs):
+        """Algorithm 1, lines 4 and 5: X S + Z of every block, with the shortcut S of Figure 4; X + Z if that is None."""
         normalised = layer.get_submodule(self.blocks[0].norm)(X)  # without scales, the same for every block
-        for block in self.blocks:
-            residual = residual + block(layer, normalised, *args, **kwargs)
-        return residual
+        Z, *others = (block(layer, normalised, *args, **kwargs) for block in self.blocks)
+        Z = sum(others, Z)
+        # one product and sum for the tokens of the whole batch
+        return X + Z if S is None else torch.addmm(Z.flatten(0, -2), X.flatten(0, -2), S).view(Z.shape)
 
     def readers(self, layer) -> list[nn.Module]:
         return [linear for block in self.blocks for linear in submodules(layer, block.W_in)]
@@ -238,7 +239,7 @@ class SlicedLayer:
 
     def forward(self, X, *args, **kwargs):
         for stage in self.stages:
-            X = stage(self, X, X @ getattr(self, stage.shortcut), *args, **kwargs)
+            X = stage(self, X, getattr(self, stage.shortcut), *args, **kwargs)
         return X
 
 
@@ -592,7 +593,7 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
         QD = Q.to(model.dtype)
         for x in X.split(batch_size):
             Z = x.to(device, non_blocking=True) @ QD  # Eq. 9: (B, N, d)
-            Z = stage(layer, Z, Z @ QD.T, *args, **kwargs)  # Algorithm 1, line 5: (B, N, D)
+            Z = stage(layer, Z, QD.T, *args, **kwargs)  # Algorithm 1, line 5: (B, N, D)
             C = C + covariance(observe(Z))  # Eq. 8
             x.copy_(Z)
         state.Q = principal_components(C, keep[len(state.dimensions)], where)
@@ -647,7 +648,7 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     for where, layer, stage, args, kwargs in sweep(model, calibration, device, state, rewrites=False):
         for x in X.split(batch_size):
             Z = x.to(device)
-            x.copy_(stage(layer, Z, Z, *args, **kwargs))
+            x.copy_(stage(layer, Z, None, *args, **kwargs))
         state.C = state.C + shares(where)
     return agreed(pca(state.C)[1])
 
@@ -704,7 +705,7 @@ def slice_and_refit(model, calibration: Tensor, sparsity: float = 0.25, *, Q: Te
             rotate_reader(linear, A)
 
         def forward(z) -> Tensor:  # Y behind the block
-            return stage(layer, z, z @ Q.T.to(z.dtype), *args, **kwargs)
+            return stage(layer, z, Q.T.to(z.dtype), *args, **kwargs)
 
         def output_errors():
             for x, z, X_kept, _ in both():
@@ -713,7 +714,7 @@ def slice_and_refit(model, calibration: Tensor, sparsity: float = 0.25, *, Q: Te
                 y = forward(z)
                 for hook in hooks:
                     hook.remove()
-                x = stage(dense, x, x, *args, **kwargs)
+                x = stage(dense, x, None, *args, **kwargs)
                 X_kept.copy_(x)
                 yield torch.cat(H, -1), x - y  # (B, N, inputs of all writers), (B, N, D)
 
