@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -1155,31 +1156,6 @@ def test_a_share_of_the_variance_from_the_command_line(tiny, tmp_path):
     assert code == 0 and len(set(dimensions)) > 1 and f"{min(dimensions)} to {max(dimensions)}" in out
 
 
-def test_the_benchmark_of_quality_and_the_spectrum(tiny, tmp_path, monkeypatch, capsys):
-    path, options = tiny
-    options = [*options, "--model", str(path / "tied"), "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
-    for name, extra in (("quality", ["--sparsities", "0.25", "0.5"]), ("spectrum", [])):
-        extra += ["--plot", str(tmp_path / f"{name}.png")] if importlib.util.find_spec("matplotlib") else []
-        monkeypatch.setattr(sys, "argv", ["bench.py", name, *options, *extra, "--json", str(tmp_path / name)])
-        bench.main()
-        assert "--plot" not in extra or (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
-    table = json.loads((tmp_path / "quality").read_text())
-    assert [(row["method"], row["sparsity"]) for row in table] == [("dense", 0)] + [
-        (method, sparsity) for method in bench.METHODS for sparsity in (0.25, 0.5)]
-    dense, tokenizer = load(path / "tied")
-    assert table[0]["parameters"] == parameters(dense) and table[0]["time"] == 1
-    tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 2)
-    assert math.isclose(table[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-6)
-    assert all(row["seconds"] > 0 and row["parameters"] > 0 and row["perplexity"] > 1 for row in table)
-    assert len({row["perplexity"] for row in table}) == len(table)
-    lines = json.loads((tmp_path / "spectrum").read_text())
-    assert len(lines) == 2 and all(len(line) == 16 and line[0] == 1 and line == sorted(line)[::-1] for line in lines)
-    fuse(dense)
-    X = RMSNorm(16, 1e-6)(signals(dense, tokenize(tokenizer, (path / "text").read_text(), 32, 4, 0))[1])
-    eigenvalues = pca(covariance(X))[0]
-    assert_same(torch.tensor(lines[0]).double(), eigenvalues / eigenvalues[0], 1e-4)
-
-
 BAD_INPUT = {
     "two sizes": (["--sparsity", "0.5", "--params", "0.5"], "not allowed with argument"),
     "parameters out of reach": (["--params", "0.01"], "share 0.01 of the parameters cannot be reached"),
@@ -1787,9 +1763,325 @@ def test_smollm2_rotated_and_sliced(smollm2):
     assert dense < perplexity(model, tokens) < 3 * dense
 
 
+# ---- The benchmark --------------------------------------------------------------------------------------------------
+
+def benchmark(*arguments):
+    """(exit code, standard output, standard error, figures) of bench.py."""
+    out, err = io.StringIO(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(out), redirect_stderr(err):
+        figures = Path(folder, "figures.json")
+        code = bench.main([*map(str, arguments), "--json", str(figures)])
+        return code, out.getvalue(), err.getvalue(), json.loads(figures.read_text()) if code == 0 else None
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    """A tiny OPT and a tiny Llama as shapes of the benchmark."""
+    monkeypatch.setitem(bench.SHAPES, "tiny-opt", ("opt", TINY_OPT | {"vocab_size": 1024, "hidden_size": 32,
+                                                                      "word_embed_proj_dim": 32}))
+    monkeypatch.setitem(bench.SHAPES, "tiny-llama", ("llama", TINY | {"vocab_size": 1024, "hidden_size": 32,
+                                                                      "num_key_value_heads": 2}))
+
+
+def output_error(W, pruned, H):
+    """|X W - X pruned|^2 for each output, with H = X^T X."""
+    return ((W - pruned) * (H @ (W - pruned))).sum(0)
+
+
+def problem(inputs, outputs, seed):
+    """Weights (inputs, outputs), and X^T X (inputs, inputs) of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    W, X, mix = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+                 for shape in ((inputs, outputs), (4 * inputs, inputs), (inputs, inputs)))
+    X = X @ (torch.eye(inputs) + 0.1 * mix)
+    return W, X.T @ X
+
+
+@given(st.integers(2, 20), st.integers(50, 60), st.sampled_from([4, 8, 20, 128]), st.integers(0, 2**31))
+def test_sparsegpt_zeroes_two_of_every_four_weights_and_spreads_the_error(fours, outputs, width, seed):
+    W, H = problem(4 * fours, outputs, seed)
+    pruned = bench.prune(W, H, width=width)
+    assert ((pruned.view(fours, 4, outputs) == 0).sum(1) == 2).all()
+    smallest = W.view(fours, 4, outputs).abs().argsort(1)[:, :2]
+    by_magnitude = W.view(fours, 4, outputs).scatter(1, smallest, 0).view_as(W)
+    assert output_error(W, pruned, H).sum() < output_error(W, by_magnitude, H).sum()
+    # blocks only put off what is to be done, and a diagonal H, in which nothing can be spread, leaves magnitude
+    assert_same(bench.prune(W, H, width=4 * fours), pruned, 1e-9)
+    assert torch.equal(bench.prune(W, torch.eye(4 * fours).double()), by_magnitude)
+
+
+def test_sparsegpt_is_close_to_the_best_masks_and_weights_there_are():
+    W, H = problem(8, 200, 0)
+    four = [mask for mask in itertools.product((0, 1), repeat=4) if sum(mask) == 2]
+    best = torch.full((200,), math.inf).double()
+    for mask in itertools.product(four, four):
+        kept = [i for i, keep in enumerate(sum(mask, ())) if keep]
+        candidate = torch.zeros_like(W)
+        candidate[kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ W)  # least squares
+        best = torch.minimum(best, output_error(W, candidate, H))
+    smallest = W.view(2, 4, 200).abs().argsort(1)[:, :2]
+    by_magnitude = W.view(2, 4, 200).scatter(1, smallest, 0).view_as(W)
+    found = output_error(W, bench.prune(W, H, damping=1e-9), H)
+    assert (found >= best * (1 - 1e-9)).all()
+    assert found.sum() - best.sum() < 0.6 * (output_error(W, by_magnitude, H).sum() - best.sum())
+    assert found.sum() < 1.25 * best.sum()
+
+
+@given(networks(), st.integers(0, 2**31))
+@settings(max_examples=30)
+def test_sparsegpt_prunes_every_family_layer_by_layer(model, seed):
+    tokens = random_tokens(4, 12, seed)
+    dense = copy.deepcopy(model)
+    with Double():
+        zeros = bench.sparsegpt(model, tokens, batch_size=3)
+    untouched = dict(dense.named_parameters())
+    parts, pruned = architecture(model.config), []
+    for number, (layer, before) in enumerate(zip(layers(model), layers(dense))):
+        for block in (parts.attention, parts.ffn):
+            for path in (*block.W_in.split(), block.W_out):
+                W = matrix(layer.get_submodule(path))
+                assert ((W.view(-1, 4, W.shape[1]) == 0).sum(1) == 2).all()
+                pruned.append(f"{parts.layers}.{number}.{path}.weight")
+        # what attention reads behind the pruned layers is what its H was made of
+        linears, seen = slicegpt.submodules(layer, parts.attention.W_in), []
+        handle = linears[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with Double(), torch.no_grad():
+            model(tokens)
+        handle.remove()
+        for linear, old in zip(linears, slicegpt.submodules(before, parts.attention.W_in)):
+            assert_same(matrix(linear), bench.prune(matrix(old), covariance(seen[0])), 1e-6)
+    parameters_now = dict(model.named_parameters())
+    assert zeros == sum(parameters_now[name].numel() // 2 for name in pruned)
+    assert all(torch.equal(parameters_now[name], weight) for name, weight in untouched.items() if name not in pruned)
+
+
+def test_sparsegpt_refuses_what_does_not_come_in_fours():
+    with pytest.raises(SliceGPTError, match="a matrix has 6"):
+        bench.sparsegpt(network("llama", 0, **TINY | {"intermediate_size": 6}), random_tokens(2, 8))
+
+
+@pytest.mark.parametrize("shape, d", [("tiny-opt", 24), ("tiny-llama", 24)])
+def test_the_benchmark_of_latency(tiny_shapes, shape, d):
+    code, out, _, rows = benchmark("latency", "--shape", shape, "--prompt-lengths", 4, 8, "--tokens", 5)
+    assert code == 0 and [(row["network"], row["prompt"]) for row in rows] == [
+        (name, length) for length in (4, 8) for name in ("dense", "block 25%", "shared 25%")]
+    dense, block, shared = (bench.build(shape, sparsity, 2, torch.float32, torch.device("cpu"), shared)
+                            for sparsity, shared in ((None, False), (0.25, False), (0.25, True)))
+    assert shared.config.hidden_size == (32 if shape == "tiny-opt" else d)
+    assert type(shared).__name__ == ("SlicedForCausalLM" if shape == "tiny-opt" else "LlamaForCausalLM")
+    for row, network in zip(rows, [dense, block, shared] * 2):
+        assert row["gigabytes"] == bench.weight_bytes(network) / 1e9
+        assert row["bytes"] == bench.weight_bytes(network) / bench.weight_bytes(dense)
+        assert 0 < row["p10"] <= row["ms"] <= row["p90"] and 0 < row["time_p10"] <= row["time"] <= row["time_p90"]
+        assert math.isclose(row["bandwidth"] * row["copy_gigabytes_per_second"], 1e3 * row["gigabytes"] / row["ms"])
+    assert rows[0]["time"] == rows[3]["time"] == 1 and "a copy reads and writes" in out
+
+
+def test_the_benchmark_of_latency_extrapolates_to_the_full_depth(tiny_shapes, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES["tiny-llama"][1], "num_hidden_layers", 7)
+    code, out, _, rows = benchmark("latency", "--shape", "tiny-llama", "--prompt-lengths", 4, "--tokens", 3,
+                                   "--layers", 4)
+    full = bench.build("tiny-llama", 0.25, 7, torch.float32, torch.device("cpu"))
+    assert code == 0 and "7 layers, extrapolated from 4 and 2" in out
+    assert math.isclose(rows[1]["gigabytes"], bench.weight_bytes(full) / 1e9)
+
+
+def test_a_compiled_network_decodes_what_it_decodes_otherwise(tiny_shapes):
+    prompt = random_tokens(1, 6)
+    for shape in ("tiny-opt", "tiny-llama"):
+        model = bench.build(shape, 0.25, 2, torch.float32, torch.device("cpu"))
+        steps = [bench.decoder(model, prompt, static) for static in (None, 12)]
+        for _ in range(3):
+            plain, compiled = (step().logits for step in steps)
+            assert_same(compiled, plain, 1e-5)
+
+
+def test_the_benchmark_of_throughput_ends_at_a_drop_and_where_memory_ends(tiny_shapes, monkeypatch):
+    decoder, clock, made = bench.decoder, [0.0], []
+
+    def slow(model, prompt, static=None):
+        dimension, batch = matrix(model.get_input_embeddings()).shape[1], len(prompt)
+        made.append((dimension, prompt.shape[1]))
+        if batch == 8 and dimension == 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if batch == 4 and dimension == 16:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        step = decoder(model, prompt)
+
+        def wait():
+            step()
+            clock[0] += {1: 1.0, 2: 1.5, 4: 2.0, 8: 5.0}[batch] * dimension / 32
+        return wait
+
+    monkeypatch.setattr(bench, "decoder", slow)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    code, out, _, rows = benchmark("throughput", "--shape", "tiny-opt", "--seqlen", 20, "--tokens", 4)
+    assert code == 0 and [(row["network"], row["batch"], row["speed"], row["note"]) for row in rows] == [
+        ("dense", 1, 1.0, ""), ("dense", 2, 2 / 1.5, ""), ("dense", 4, 2.0, "best: 1.00 of dense"),
+        ("dense", 8, None, "out of memory"),
+        ("block 25%", 1, 32 / 24, ""), ("block 25%", 2, 2 / 1.5 * 32 / 24, ""),
+        ("block 25%", 4, 2 * 32 / 24, "best: 1.33 of dense"), ("block 25%", 8, 1.6 * 32 / 24, ""),
+        ("block 50%", 1, 2.0, ""), ("block 50%", 2, 4 / 1.5, "best: 1.33 of dense"),
+        ("block 50%", 4, None, "out of memory")]
+    assert {length for _, length in made} == {8}
+
+    def broken(*_):
+        raise RuntimeError("another error")
+
+    monkeypatch.setattr(bench, "decoder", broken)
+    with pytest.raises(RuntimeError, match="another error"):
+        benchmark("throughput", "--shape", "tiny-opt", "--seqlen", 20, "--tokens", 4)
+
+
+@pytest.mark.parametrize("shape", ["tiny-opt", "tiny-llama"])
+def test_the_benchmark_of_matrix_products(tiny_shapes, shape, monkeypatch):
+    code, out, _, rows = benchmark("ops", "--shape", shape, "--repeat", 3, "--batch-sizes", 1, 5)
+    parts = ARCHITECTURES[bench.SHAPES[shape][0]]
+    expected = [*parts.attention.W_in.split(), parts.attention.W_out, "attention_shortcut",
+                *parts.ffn.W_in.split(), parts.ffn.W_out, "mlp_shortcut", "all"]
+    assert code == 0 and [(row["operation"], row["tokens"]) for row in rows] == [
+        (name, tokens) for tokens in (1, 5) for name in expected]
+    for tokens in (1, 5):
+        *products, total = [row for row in rows if row["tokens"] == tokens]
+        assert all(row["sliced"] > 0 and (row.get("dense") is None) == row["operation"].endswith("shortcut")
+                   for row in products)
+        assert math.isclose(total["sliced"], sum(row["sliced"] for row in products))
+        assert math.isclose(total["dense"], sum(row.get("dense", 0) for row in products))
+    # this device has no 2:4 products; where it has, they come in, and in the sum
+    assert "2:4: torch has no such product here" in out and all(row.get("sparse") is None for row in rows)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda W: W)
+    code, out, _, rows = benchmark("ops", "--shape", shape, "--repeat", 3, "--batch-sizes", 1)
+    *products, total = rows
+    assert code == 0 and "no such product" not in out
+    assert math.isclose(total["sparse"], sum(row.get("sparse", 0) for row in products)) and total["sparse"] > 0
+
+
+def test_a_matrix_for_the_devices_sparse_format_has_two_zeros_of_four(monkeypatch):
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda W: W)
+    pruned = bench.semi_structured(nn.Linear(8, 3))
+    assert ((pruned.weight.view(3, 2, 4) == 0).sum(2) == 2).all()
+
+
+def test_the_benchmark_of_cost(tiny_shapes):
+    options = ["cost", "--shapes", "tiny-opt", "tiny-llama", "--samples", 2, 4, "--seqlen", 16]
+    code, out, _, rows = benchmark(*options, "--finetune", 2)
+    assert code == 0 and [(row["shape"], row["tokens"]) for row in rows] == [
+        (shape, tokens) for shape in ("tiny-opt", "tiny-llama") for tokens in (32, 64)]
+    assert all(min(row["forward"], row["body"], row["slicing"], row["rft"]) > 0 for row in rows)
+    assert all(math.isclose(row["ratio"], row["slicing"] / row["forward"]) for row in rows)
+    assert all(0.1 < row[f"{name}_peak"] < 100 for row in rows for name in ("forward", "slicing", "rft"))
+    assert "llama-2-70b" in out and "not measured" in out
+    code, out, _, rows = benchmark(*options, "--finetune", 0)
+    assert code == 0 and "RFT" not in out and "rft" not in rows[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets the peak of its memory")
+def test_a_peak_of_memory_is_that_of_what_was_watched():
+    torch.ones(2**28 // 4)  # 256 MiB, come and gone
+    bench.reset_peak_memory(torch.device("cpu"))
+    before = slicegpt.peak_memory(torch.device("cpu"))
+    torch.ones(2**27 // 4)
+    assert 100 * 2**20 < slicegpt.peak_memory(torch.device("cpu")) - before < 200 * 2**20
+
+
+def test_the_cost_is_extrapolated_by_the_law_that_it_follows(capsys):
+    shapes = {name: bench.sizes(bench.build(name, None, bench.depth(name), torch.float16, "meta"))
+              for name in ("opt-125m", "opt-1.3b", "llama-2-7b")}
+    D, body = 4096, 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert shapes["llama-2-7b"] == (body, body + 32000 * D, D * (body + 2 * 32000 * D + 6 * 65 * D**2))
+    rows = [{"sizes": shapes[name], "tokens": tokens, "forward": 3e-11 * shapes[name][1] * tokens,
+             "slicing": 2e-11 * shapes[name][0] * tokens + 3e-11 * shapes[name][2],
+             "rft": 1e-10 * shapes[name][1] * 100}
+            for name in ("opt-125m", "opt-1.3b") for tokens in (1000, 4000)]
+    bench.extrapolate(rows, 100)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "llama-2-7b" in line)
+    size, tokens = shapes["llama-2-7b"], 128 * 2048
+    for name, seconds in (("dense pass", 3e-11 * size[1] * tokens), ("RFT", 1e-10 * size[1] * 1000 * 1024),
+                          ("slicing", 2e-11 * size[0] * tokens + 3e-11 * size[2])):
+        assert f"{name} {seconds / 3600:.3g}" in line
+
+
+def test_the_benchmark_of_table_1(tiny, tmp_path):
+    path, options = tiny
+    shutil.copytree(path / "model", tmp_path / "opt-125m")
+    options = [*options[2:], "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
+    code, out, _, rows = benchmark("table1", "--models", path / "model", tmp_path / "opt-125m", *options)
+    assert code == 0 and [row["method"] for row in rows] == [
+        "dense", "SparseGPT 2:4", "SliceGPT 10%", "SliceGPT 20%", "SliceGPT 25%", "SliceGPT 30%"]
+    assert [row["opt-125m in the paper"] for row in rows] == [27.64, 45.07, 29.34, 34.26, 37.74, 43.98]
+    dense, tokenizer = load(path / "model")
+    tokens = tokenize(tokenizer, (path / "text").read_text(), 32)
+    calibration = tokenize(tokenizer, (path / "text").read_text(), 32, 4, 0)
+    expected = [perplexity(dense, tokens[:2])]
+    sparse = copy.deepcopy(dense)
+    bench.sparsegpt(sparse, calibration)
+    expected.append(perplexity(sparse, tokens[:2]))
+    expected += [perplexity(slice_model(copy.deepcopy(dense), calibration, s, round_to=2), tokens[:2])
+                 for s in (0.1, 0.2, 0.25, 0.3)]
+    for row, value in zip(rows, expected):
+        assert math.isclose(row["model"], row["opt-125m"]) and math.isclose(row["model"], value, rel_tol=1e-5)
+    assert f"{expected[0]:.2f} (27.64)" in out
+
+
+def test_the_benchmark_of_quality_and_the_spectrum(tiny):
+    path, options = tiny
+    options = [*options, "--model", str(path / "tied"), "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
+    code, out, _, table = benchmark("quality", *options, "--sparsities", 0.25, 0.5)
+    assert code == 0 and [(row["method"], row["sparsity"]) for row in table] == [
+        ("dense", 0), ("SparseGPT 2:4", 0.5)] + [
+        (method, sparsity) for method in bench.METHODS for sparsity in (0.25, 0.5)]
+    dense, tokenizer = load(path / "tied")
+    assert table[0]["parameters"] == parameters(dense) and table[0]["time"] == 1
+    tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 2)
+    assert math.isclose(table[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-6)
+    assert all(row["seconds"] > 0 and row["parameters"] > 0 and row["perplexity"] > 1 for row in table)
+    assert len({row["perplexity"] for row in table}) == len(table)
+    assert math.isclose(table[0]["gigabytes"], bench.weight_bytes(dense) / 1e9)
+    # of every four float32 weights, 2:4 keeps two and four bits, 68 bits of 128
+    pruned = sum(weight.numel() for name, weight in dense.named_parameters() if "_proj" in name)
+    assert table[1]["parameters"] == parameters(dense) - pruned // 2
+    assert math.isclose(table[1]["gigabytes"], (bench.weight_bytes(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
+
+    code, out, _, lines = benchmark("spectrum", *options)
+    assert code == 0 and len(lines) == 2
+    assert all(len(line["eigenvalues"]) == 16 and line["eigenvalues"][0] == 1 and
+               line["eigenvalues"] == sorted(line["eigenvalues"])[::-1] for line in lines)
+    fuse(dense)
+    X = RMSNorm(16, 1e-6)(signals(dense, tokenize(tokenizer, (path / "text").read_text(), 32, 4, 0))[1])
+    eigenvalues = pca(covariance(X))[0]
+    assert_same(torch.tensor(lines[0]["eigenvalues"]).double(), eigenvalues / eigenvalues[0], 1e-4)
+    assert lines[0]["90.0%"] == 1 + int((eigenvalues.cumsum(0) < 0.9 * eigenvalues.sum()).sum())
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="pictures need matplotlib")
+def test_the_benchmarks_pictures(tiny, tiny_shapes, tmp_path):
+    real = [*tiny[1], "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
+    for name, options in {
+            "latency": ["--shape", "tiny-opt", "--tokens", 3, "--prompt-lengths", 4, 8],
+            "throughput": ["--shape", "tiny-opt", "--tokens", 2, "--seqlen", 8, "--max-batch-size", 2],
+            "cost": ["--shapes", "tiny-opt", "--samples", 2, "--seqlen", 8, "--finetune", 0],
+            "table1": ["--models", tiny[0] / "model", *real[2:]], "quality": [*real, "--sparsities", 0.5],
+            "spectrum": real}.items():
+        code, *_ = benchmark(name, *options, "--plot", tmp_path / f"{name}.png")
+        assert code == 0 and (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_benchmark_says_what_is_wrong():
+    code, _, err, _ = benchmark("latnecy")
+    assert code == 2 and "no command latnecy" in err and len(err.splitlines()) == 1
+    code, _, err, _ = benchmark("quality", "--model", "./nowhere")
+    assert code == 2 and "no such file or directory" in err and len(err.splitlines()) == 1
+    with pytest.raises(SystemExit, match="2"):
+        benchmark("latency", "--sparsities", 0.3)
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert bench.main(["--help"]) == 0
+    assert all(f"bench.py {name}" in out.getvalue() for name in bench.COMMANDS)
+
+
 @pytest.mark.parametrize("shape, count", [
-    ("opt-125m", 125_239_296), ("opt-6.7b", 6_658_473_984), ("llama-2-7b", 6_738_415_616),
-    ("llama-2-70b", 68_976_648_192), ("smollm2-135m", 134_515_008)])
+    ("opt-125m", 125_239_296), ("opt-350m-like", 355_889_152), ("opt-6.7b", 6_658_473_984),
+    ("llama-2-7b", 6_738_415_616), ("llama-2-70b", 68_976_648_192), ("smollm2-135m", 134_515_008)])
 def test_the_benchmarks_networks_have_their_published_size(shape, count):
     depth = bench.SHAPES[shape][1]["num_hidden_layers"]
     dense, sliced = (bench.build(shape, sparsity, depth, torch.float16, "meta") for sparsity in (None, 0.25))
