@@ -31,8 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bench
 import slicegpt
 from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, Stream, architecture, covariance,
-                      dimension_for, embeddings, finetune, fuse, harness, layers, least_squares, load, main, matrix,
-                      parameters, pca, perplexity, read_text, rotate, save, shared_rotation, slice_and_refit,
+                      dimension_for, embeddings, finetune, fuse, harness, layers, learn_rotation, least_squares, load,
+                      main, matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation, slice_and_refit,
                       slice_model, sliced_dimension, stages, standard, tie_head, tokenize, zero_shot)
 
 settings.register_profile("paper", deadline=None, max_examples=50, print_blob=True,
@@ -535,6 +535,81 @@ def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model
     rotated = Q.T @ C @ Q
     assert_same(rotated, rotated.diag().diag(), 1e-9)
     assert (rotated.diag().diff() <= 1e-9).all()
+
+
+def divergence(model, Q, tokens) -> float:
+    """Nats per token that the next-token distributions of the projected network are off those of the dense one."""
+    with Double(), torch.no_grad():
+        dense = model(tokens).logits.log_softmax(-1)
+        with projected(model, Q):
+            sliced = model(tokens).logits.log_softmax(-1)
+    return (dense.exp() * (dense - sliced)).sum(-1).mean().item()
+
+
+@given(networks(), batches(), st.integers(0, 2**31))
+def test_a_projected_network_is_the_sliced_one(model, batch, seed):
+    D = model.config.hidden_size
+    fuse(model)
+    Q, before = random_rotation(D, seed)[:, :D // 2], copy.deepcopy(model)
+    with projected(model, Q), torch.no_grad():
+        found = logits(model, batch)
+    assert all(torch.equal(W, V) for W, V in zip(model.state_dict().values(), before.state_dict().values()))
+    assert_same(logits(model, batch), logits(before, batch), 1e-15)
+    rotate(model, Q)
+    assert_same(found, logits(model, batch))
+
+
+@settings(max_examples=20)
+@given(networks(), batches(), st.integers(0, 2**31))
+def test_learning_the_rotation_of_an_unsliced_network_changes_nothing(model, batch, seed):
+    expected, D = logits(model, batch), model.config.hidden_size
+    with Double():
+        Q = learn_rotation(model, random_tokens(8, 12), random_rotation(D, seed), 3)
+    assert_same(Q.T @ Q, torch.eye(D).double(), 1e-12)
+    rotate(model, Q)
+    assert_same(logits(model, batch), expected)
+
+
+@settings(max_examples=20)
+@given(networks(), st.integers(0, 2**31))
+def test_a_learned_rotation_costs_the_output_less(model, seed):
+    tokens, D = random_tokens(8, 12, seed), model.config.hidden_size
+    with Double():
+        start = shared_rotation(model, tokens)[:, :D // 2]
+        before = copy.deepcopy(model)
+        Q, again, other = (learn_rotation(model, tokens, start, 20, batch_size=64, learning_rate=0.003, seed=seed)
+                           for seed in (0, 0, 1))
+    assert Q.shape == start.shape and Q.dtype == torch.float64
+    assert_same(Q.T @ Q, torch.eye(D // 2).double(), 1e-12)
+    assert divergence(model, Q, tokens) < divergence(model, start, tokens)
+    assert torch.equal(Q, again) and not torch.equal(Q, other)
+    for (name, W), V in zip(model.named_parameters(), before.parameters()):
+        assert torch.equal(W, V) and W.requires_grad and W.grad is None, name
+
+
+def test_the_gradient_of_a_rotation_is_that_of_the_sliced_network():
+    """The first step of plain descent, by differences of the sliced network's own divergence."""
+    model, tokens = network("llama", 0, **TINY), random_tokens(4, 8)
+    fuse(model)
+    Q, direction = random_rotation(16, 0)[:, :8], random_rotation(16, 1)[:, :8]
+    direction = direction - Q @ (Q.T @ direction)
+    M, step = Q.clone().requires_grad_(), 1e-5
+    with Double():
+        dense = model(tokens).logits.detach().log_softmax(-1)
+        with projected(model, torch.linalg.qr(M).Q):
+            sliced = model(tokens).logits.log_softmax(-1)
+        ((dense.exp() * (dense - sliced)).sum(-1).mean()).backward()
+    ahead, behind = (divergence(model, torch.linalg.qr(Q + s * direction).Q, tokens) for s in (step, -step))
+    assert math.isclose((M.grad * direction).sum(), (ahead - behind) / (2 * step), rel_tol=1e-6)
+    assert (M.grad.T @ Q).norm() < 1e-9 * M.grad.norm()
+
+
+def test_a_divergence_that_is_not_finite_is_refused():
+    model = network("llama", 0, **TINY)
+    model.lm_head.weight.data[5] = math.inf
+    with pytest.raises(SliceGPTError, match="not finite in learning the rotation"):
+        learn_rotation(model, random_tokens(4, 8), random_rotation(16, 0)[:, :8], 2)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def model_eps(model):
@@ -1106,6 +1181,9 @@ def test_the_program_from_end_to_end(tiny, tmp_path):
 @pytest.mark.parametrize("flags, expected", [
     (["--rotation", "shared"], {"dimensions": None}),
     (["--rotation", "shared", "--refit"], {"dimensions": None}),
+    (["--rotation", "shared", "--learn-rotation", "3"], {"dimensions": None}),
+    (["--rotation", "shared", "--learn-rotation", "3", "--head", "tied"],
+     {"dimensions": [8] * 5, "shortcuts": False, "tied": True}),
     (["--refit"], {"dimensions": [8] * 5, "shortcuts": True}),
     (["--refit", "--head", "full"], {"dimensions": [8] * 4 + [16], "shortcuts": True}),
     (["--no-slice-head"], {"dimensions": [8] * 4 + [16], "shortcuts": True}),
@@ -1131,7 +1209,8 @@ def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expecte
     if "--refit" in flags:
         sliced_beyond(model, calibration, 0.5, "shared" in flags, slice_head="full" not in flags)
     elif "shared" in flags:
-        rotate(model, shared_rotation(model, calibration)[:, :8])
+        Q = shared_rotation(model, calibration)[:, :8]
+        rotate(model, learn_rotation(model, calibration, Q, 3) if "--learn-rotation" in flags else Q)
     else:
         slice_model(model, calibration, 0.5, slice_head="--no-slice-head" not in flags)
     if "tied" in flags:
@@ -1162,6 +1241,9 @@ BAD_INPUT = {
     "multiples out of reach": (["--params", "0.5", "--round-to", "32"], "cannot be reached"),
     "variance 1": (["--discard-variance", "1"], "must be at least 0 and below 1"),
     "variance with one rotation": (["--rotation", "shared", "--discard-variance", "0.1"], "one dimension throughout"),
+    "learning of many rotations": (["--learn-rotation", "3"], "needs --rotation shared"),
+    "learning in a stream": (["--rotation", "shared", "--learn-rotation", "3", "--stream", "--save", "{path}/new"],
+                             "the whole model in memory"),
     "full head with one rotation": (["--rotation", "shared", "--head", "full"], "one dimension throughout"),
     "pca of the output with refit": (["--refit", "--pca", "output"], "--pca is for the paper's method"),
     "tied head without a tie": (["--head", "tied"], "whose head and embedding are one matrix"),
@@ -1426,11 +1508,14 @@ def test_zero_shot_tasks(tiny, tmp_path, monkeypatch):
 def cases():
     """Every way to slice, of sequential and parallel layers, with five sequences and with one: weights, perplexity."""
     for family, options in (("llama", TINY), ("opt", TINY_OPT), ("phi", TINY)):
-        for way, samples in itertools.product(("block", "refit", "shared refit"), (5, 1)):
+        for way, samples in itertools.product(("block", "refit", "shared refit", "learned"), (5, 1)):
             model, tokens = network(family, 0, **options), random_tokens(samples, 12)
             with Double():
                 if way == "block":
                     slice_model(model, tokens, 0.5, batch_size=2)
+                elif way == "learned":  # of batches of three, or of one
+                    Q = shared_rotation(model, tokens, batch_size=2)[:, :8]
+                    rotate(model, learn_rotation(model, tokens, Q, 2, batch_size=min(3, samples)))
                 else:
                     sliced_beyond(model, tokens, 0.5, "shared" in way, batch_size=2)
                 yield f"{family}, {way}, {samples}", model.state_dict(), perplexity(model, tokens, batch_size=2)
