@@ -680,7 +680,7 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
     generator = torch.Generator().manual_seed(seed)
     batches = [pieces[torch.randint(len(pieces), (batch_size,), generator=generator)] for _ in range(steps)]
-    M = nn.Parameter(agreed(Q).to(model.device, torch.promote_types(model.dtype, torch.float32)))
+    M = nn.Parameter(agreed(Q).to(model.device, torch.promote_types(model.dtype, torch.float32), copy=True))
     M.register_hook(total)
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
 
