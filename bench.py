@@ -357,11 +357,12 @@ def cost(args):
             works = {"forward": lambda: forward(model), "body": lambda: forward(model.base_model),
                      "slicing": slicing} | ({"rft": finetuning} if args.finetune else {})
             times = [[] for _ in works]
-            for number in range(1 + args.repeat):  # the first is the warm-up
+            warm_up = 0 if rows else 1
+            for number in range(warm_up + args.repeat):
                 victims[:] = [copy.deepcopy(model)]
                 for seconds, more in zip(times, in_turns([watched(*work) for work in works.items()], 1, args.device,
                                                          shape, warm_up=0)):
-                    seconds.extend(more if number else [])
+                    seconds.extend(more if number >= warm_up else [])
             victims.clear()
             times = dict(zip(works, times))
             rows.append({"shape": shape, "samples": samples, "tokens": samples * args.seqlen,
