@@ -88,7 +88,7 @@ class Stage:
     blocks: tuple[Block, ...]
 
     def __call__(self, layer, X, S: Tensor | None, *args, **kwargs):
-        """Algorithm 1, lines 4 and 5: X S + Z of every block, with the shortcut S of Figure 4; X + Z if that is None."""
+        """Algorithm 1, lines 4 and 5: X S + Z of every block, with Figure 4's shortcut S; X + Z if there is none."""
         normalised = layer.get_submodule(self.blocks[0].norm)(X)  # without scales, the same for every block
         Z, *others = (block(layer, normalised, *args, **kwargs) for block in self.blocks)
         Z = sum(others, Z)
@@ -691,7 +691,8 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
         with projected(model, torch.linalg.qr(M).Q):
             sliced = model(mine, use_cache=False).logits
         dense, sliced = (at_least_float32(logits.flatten(0, 1)).log_softmax(-1) for logits in (dense, sliced))
-        return F.kl_div(sliced, dense, log_target=True, reduction="sum") / total(torch.tensor(mine.numel())).item()
+        count = total(torch.tensor(mine.numel(), device=mine.device))
+        return F.kl_div(sliced, dense, log_target=True, reduction="sum") / count
 
     try:
         model.requires_grad_(False)
@@ -1440,8 +1441,8 @@ def parse_arguments(argv):
         "each block as many dimensions as it takes to discard at most this share of the signal's variance")
     add("--rotation", choices=["block", "shared"], default="block", help="one rotation for each block, as in the "
         "paper, or one for all, without shortcuts (default: block)")
-    add("--learn-rotation", type=within(int, 1), metavar="N", help="turn the one rotation for all by N steps of descent "
-        "on the divergence of the sliced model's predictions from the dense one's")
+    add("--learn-rotation", type=within(int, 1), metavar="N", help="turn the one rotation for all by N steps of "
+        "descent on the divergence of the sliced model's predictions from the dense one's")
     add("--refit", action="store_true", help="fit the sliced weights to the dense network by least squares")
     add("--head", choices=["sliced", "full", "tied"], default="sliced", help="slice the head too (default), give it "
         "all dimensions, or keep it one matrix with the embedding, if it was")
@@ -1612,9 +1613,9 @@ def slice_as_asked(args, model, calibration, device) -> tuple[PreTrainedModel, s
     D, where = model.config.hidden_size, {"batch_size": args.batch_size, "device": device}
     size = {"sparsity": args.sparsity or 0, "discard_variance": args.discard_variance, "round_to": args.round_to,
             "slice_head": args.head != "full"}
-    Q = shared_rotation(model, calibration, **where) if args.rotation == "shared" else None
-    if Q is not None:
-        Q = Q[:, :sliced_dimension(D, args.sparsity, args.round_to)]
+    Q = None
+    if args.rotation == "shared":
+        Q = shared_rotation(model, calibration, **where)[:, :sliced_dimension(D, args.sparsity, args.round_to)]
     if args.learn_rotation:
         if not fits(model, device):
             raise SliceGPTError("--learn-rotation needs a device that holds the model")

@@ -32,8 +32,8 @@ import bench
 import slicegpt
 from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, Stream, architecture, covariance,
                       dimension_for, embeddings, finetune, fuse, harness, layers, learn_rotation, least_squares, load,
-                      main, matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation, slice_and_refit,
-                      slice_model, sliced_dimension, stages, standard, tie_head, tokenize, zero_shot)
+                      main, matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation,
+                      slice_and_refit, slice_model, sliced_dimension, stages, standard, tie_head, tokenize, zero_shot)
 
 settings.register_profile("paper", deadline=None, max_examples=50, print_blob=True,
                           suppress_health_check=list(HealthCheck))
