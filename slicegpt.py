@@ -371,21 +371,19 @@ def rotate(model, Q: Tensor | list[Tensor]):
 
     Q: one (D, D) matrix for the whole network (Theorem 1), or a list, one for the embedding and one for the signal
     after every stage: 2L+1 for sequential, L+1 for parallel layers (Figure 4, with shortcuts). A Q of fewer columns
-    slices too (Eq. 9). Fuses the model first if need be. Arithmetic is in float64. Raises SliceGPTError for a wrong
-    number or shape.
+    slices too (Eq. 9). Beyond the paper, a tensor (2L+1, 2, D, d): for each signal the matrix that writes it, in the
+    place of Q in Eq. 3, 5 and 6, and the one that reads it, in Eq. 4 and 7. Fuses the model first if need be.
+    Arithmetic is in float64. Raises SliceGPTError for a wrong number or shape.
     """
     fuse(model)
     shape = model.config.slicegpt
     shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
-    Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
-    if [len(Q) for Q in Qs] != shape["dimensions"]:
-        raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows, not {[len(Q) for Q in Qs]}")
-    Qs = [Q.to(model.device, torch.float64) for Q in Qs]
+    writing, reading = ([Q.to(model.device, torch.float64) for Q in Qs] for Qs in per_signal(model, Q))
     for embedding in embeddings(model):
-        rotate_writer(embedding, Qs[0])
+        rotate_writer(embedding, writing[0])
     for number, layer in visit(model):
         for i, stage in enumerate(stages(model), number * len(stages(model))):
-            Q_in, Q_out = Qs[i:i + 2]
+            Q_in, Q_out = reading[i], writing[i + 1]
             for linear in stage.readers(layer):
                 rotate_reader(linear, Q_in)
             for linear in stage.writers(layer):
@@ -395,12 +393,23 @@ def rotate(model, Q: Tensor | list[Tensor]):
     head = model.get_output_embeddings()
     if shape.get("tied"):
         last_norm_and_B = model.get_submodule(architecture(model.config).norm)
-        rotate_reader(last_norm_and_B[1], Qs[-1])
-        rotate_writer(last_norm_and_B[1], Qs[0])
+        rotate_reader(last_norm_and_B[1], reading[-1])
+        rotate_writer(last_norm_and_B[1], writing[0])
         head.weight = model.get_input_embeddings().weight
     else:
-        rotate_reader(head, Qs[-1])
-    model.config.slicegpt = shape | {"dimensions": [Q.shape[1] for Q in Qs], "shortcuts": shortcuts}
+        rotate_reader(head, reading[-1])
+    model.config.slicegpt = shape | {"dimensions": [Q.shape[1] for Q in writing], "shortcuts": shortcuts}
+
+
+def per_signal(model, Q: Tensor | list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What `rotate` writes each signal of a fused model with, and what it reads it with."""
+    dimensions = model.config.slicegpt["dimensions"]
+    Qs = [Q] * len(dimensions) if isinstance(Q, Tensor) and Q.dim() == 2 else Q
+    writing, reading = zip(*((Q, Q) if Q.dim() == 2 else Q for Q in Qs))
+    for Qs in (writing, reading):
+        if [len(Q) for Q in Qs] != dimensions:
+            raise SliceGPTError(f"this model's rotations have {dimensions} rows, not {[len(Q) for Q in Qs]}")
+    return writing, reading
 
 
 def rotate_writer(module, Q):
@@ -665,58 +674,95 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
                    batch_size: int = 4, seed: int = 0) -> Tensor:
     """A Q (D, d) with orthonormal columns, in float64, that costs the network's output less than the one it starts at.
 
-    Theorem 1 leaves Q free, so it may be chosen by what the sliced network says instead of by variance: this descends
-    on the Kullback-Leibler divergence, in nats per token, of the sliced network's next-token distributions from the
-    dense one's, on sequences of up to 256 calibration tokens, random ones under the seed, `batch_size` in a step. No
-    weight is changed, see `projected`. What moves is a matrix M (D, d), of which Q is the orthogonal factor (QR), and a
-    gradient through that turns the subspace only. learning_rate: by default proportional to the entries of a Q.
+    Theorem 1 leaves Q free, so it may be chosen by what the sliced network says instead of by variance, see `imitate`:
+    Q is the orthogonal factor (QR) of Q + M, and a gradient through that turns the subspace only. No weight is changed.
+    learning_rate: by default proportional to the entries of a Q. Fuses the model, and sets it to eval mode.
+    """
+    Q = agreed(Q)
 
-    Fuses the model, and sets it to eval mode. Memory: signals between the layers; within them, one layer's at a time.
-    Raises SliceGPTError for a divergence that is not finite.
+    def rotation(M) -> Tensor:
+        return torch.linalg.qr(Q.to(M) + M).Q
+
+    M = imitate(model, model, calibration, Q.shape, rotation, steps, learning_rate or 0.07 / math.sqrt(len(Q)),
+                batch_size, seed)
+    return rotation(M.double())
+
+
+def learn_refit(model, dense, calibration: Tensor, steps: int, *, learning_rate: float | None = None,
+                batch_size: int = 4, seed: int = 0):
+    """Goes on where `slice_and_refit` ends: moves the weights of a sliced model, without shortcuts, in place.
+
+    Least squares weigh all directions of a signal alike; this descends on what the dense network's output makes of
+    them, see `imitate`. Each stage reads the signal through a matrix I + M (d, d) of its own, and writes through one,
+    so that W_in <- (I + M)^T W_in and W_out <- W_out (I + M). learning_rate: by default proportional to a Q's entries.
+    """
+    dimensions = model.config.slicegpt["dimensions"]
+    I = torch.eye(dimensions[0], dtype=torch.float64, device=model.device)
+    M = imitate(model, dense, calibration, (len(dimensions), 2, *I.shape), lambda M: I.to(M) + M, steps,
+                learning_rate or 0.0025 / math.sqrt(dense.config.hidden_size), batch_size, seed)
+    rotate(model, I + M)
+
+
+def imitate(model, dense, calibration: Tensor, shape, rotation, steps: int, learning_rate: float, batch_size: int,
+            seed: int) -> Tensor:
+    """M, at first 0, for which `model`, rotated and sliced by rotation(M), predicts what the dense network predicts.
+
+    Descends on the Kullback-Leibler divergence, in nats per token, of the sliced network's next-token distributions
+    from the dense one's, on sequences of up to 256 calibration tokens, random ones under the seed, `batch_size` in a
+    step. Fuses both and sets them to eval mode; no weight of theirs is changed, see `projected`. Memory: signals
+    between the layers; within them, one layer's at a time; M, its gradient, and two moments of that. Raises
+    SliceGPTError for a divergence that is not finite.
     """
     check_length(model.config, calibration.shape[1])
     fuse(model.eval())
-    D, length = model.config.hidden_size, min(256, calibration.shape[1])
+    fuse(dense.eval())
+    length = min(256, calibration.shape[1])
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
     generator = torch.Generator().manual_seed(seed)
     batches = [pieces[torch.randint(len(pieces), (batch_size,), generator=generator)] for _ in range(steps)]
-    M = nn.Parameter(agreed(Q).to(model.device, torch.promote_types(model.dtype, torch.float32), copy=True))
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    M = torch.zeros(shape, dtype=dtype, device=model.device, requires_grad=True)
     M.register_hook(total)
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
 
     def divergence(batch):
         mine = share(batch).to(model.device)
         with torch.no_grad():
-            dense = model(mine, use_cache=False).logits
-        with projected(model, torch.linalg.qr(M).Q):
-            sliced = model(mine, use_cache=False).logits
-        dense, sliced = (at_least_float32(logits.flatten(0, 1)).log_softmax(-1) for logits in (dense, sliced))
+            expected = dense(mine, use_cache=False).logits
+        with projected(model, rotation(M)):
+            found = model(mine, use_cache=False).logits
+        expected, found = (at_least_float32(logits.flatten(0, 1)).log_softmax(-1) for logits in (expected, found))
         count = total(torch.tensor(mine.numel(), device=mine.device))
-        return F.kl_div(sliced, dense, log_target=True, reduction="sum") / count
+        return F.kl_div(found, expected, log_target=True, reduction="sum") / count
 
     try:
         model.requires_grad_(False)
-        descend([M], batches, divergence, learning_rate or 0.07 / math.sqrt(D), "learning the rotation")
+        descend([M], batches, divergence, learning_rate, "learning to predict as the dense network does")
     finally:
         for parameter, requires_grad in frozen.items():
             parameter.requires_grad = requires_grad
-    return torch.linalg.qr(M.detach().double()).Q
+    return M.detach()
 
 
 @contextlib.contextmanager
 def projected(model, Q: Tensor):
-    """Inside, a fused model computes what `rotate(model, Q)` would make of it, Q (D, d), with no weight rewritten.
+    """Inside, a fused model computes what `rotate(model, Q)` would make of it, with no weight rewritten.
 
-    X <- (X + Z) Q Q^T behind the embedding and every block: the signal is X Q Q^T everywhere, its norm is that of X Q,
-    which a RMSNorm divides by, and what reads it reads the same. Of what is computed within a layer nothing is kept for
-    the gradient; it is computed again.
+    Z Q is written instead of Z, and X Q^T read instead of the normalised X. Of what is computed within a layer nothing
+    is kept for the gradient; it is computed again.
     """
+    (embedded, *writing), (*reading, last) = per_signal(model, Q)
+    maps = iter(zip(reading, writing))
+    parts = {layer: [(stage, *next(maps)) for stage in stages(model)] for layer in layers(model)}
+
     def forward(layer, X, *args, **kwargs):
-        for stage in stages(model):
-            X = stage(layer, X, None, *args, **kwargs) @ Q @ Q.T
+        for stage, Q_in, Q_out in parts[layer]:
+            normalised = layer.get_submodule(stage.blocks[0].norm)(X) @ Q_in.T
+            X = X + sum(block(layer, normalised, *args, **kwargs) for block in stage.blocks) @ Q_out
         return X
 
-    hooks = [embedding.register_forward_hook(lambda module, inputs, X: X @ Q @ Q.T) for embedding in embeddings(model)]
+    hooks = [embedding.register_forward_hook(lambda module, inputs, X: X @ embedded) for embedding in embeddings(model)]
+    hooks.append(model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0] @ last.T))
     try:
         with layers_do(partial(checkpoint, forward, use_reentrant=False), model):
             yield
@@ -1443,7 +1489,8 @@ def parse_arguments(argv):
         "paper, or one for all, without shortcuts (default: block)")
     add("--learn-rotation", type=within(int, 1), metavar="N", help="turn the one rotation for all by N steps of "
         "descent on the divergence of the sliced model's predictions from the dense one's")
-    add("--refit", action="store_true", help="fit the sliced weights to the dense network by least squares")
+    add("--refit", action="store_true", help="fit the sliced weights to the dense network by least squares; then "
+        "--learn-rotation moves, instead of the rotation, what each block reads and writes with")
     add("--head", choices=["sliced", "full", "tied"], default="sliced", help="slice the head too (default), give it "
         "all dimensions, or keep it one matrix with the embedding, if it was")
     add("--calibration", metavar="TEXT", help="wikitext2, alpaca, pydoc (Python's language reference), or the path of "
@@ -1616,12 +1663,15 @@ def slice_as_asked(args, model, calibration, device) -> tuple[PreTrainedModel, s
     Q = None
     if args.rotation == "shared":
         Q = shared_rotation(model, calibration, **where)[:, :sliced_dimension(D, args.sparsity, args.round_to)]
-    if args.learn_rotation:
-        if not fits(model, device):
-            raise SliceGPTError("--learn-rotation needs a device that holds the model")
-        Q = learn_rotation(model.to(device), calibration, Q, args.learn_rotation, seed=args.seed)
+    if args.learn_rotation and not fits(model, device):
+        raise SliceGPTError("--learn-rotation needs a device that holds the model")
     if args.refit:
+        dense = copy.deepcopy(model) if args.learn_rotation else None
         slice_and_refit(model, calibration, Q=Q, **size, **where)
+        if args.learn_rotation:
+            learn_refit(model.to(device), dense.to(device), calibration, args.learn_rotation, seed=args.seed)
+    elif args.learn_rotation:
+        rotate(model, learn_rotation(model.to(device), calibration, Q, args.learn_rotation, seed=args.seed))
     elif Q is not None:
         rotate(model, Q)
     else:

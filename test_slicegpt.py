@@ -31,9 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bench
 import slicegpt
 from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, Stream, architecture, covariance,
-                      dimension_for, embeddings, finetune, fuse, harness, layers, learn_rotation, least_squares, load,
-                      main, matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation,
-                      slice_and_refit, slice_model, sliced_dimension, stages, standard, tie_head, tokenize, zero_shot)
+                      dimension_for, embeddings, finetune, fuse, harness, layers, learn_refit, learn_rotation,
+                      least_squares, load, main, matrix, parameters, pca, perplexity, projected, read_text, rotate,
+                      save, shared_rotation, slice_and_refit, slice_model, sliced_dimension, stages, standard,
+                      tie_head, tokenize, zero_shot)
 
 settings.register_profile("paper", deadline=None, max_examples=50, print_blob=True,
                           suppress_health_check=list(HealthCheck))
@@ -546,11 +547,20 @@ def divergence(model, Q, tokens) -> float:
     return (dense.exp() * (dense - sliced)).sum(-1).mean().item()
 
 
-@given(networks(), batches(), st.integers(0, 2**31))
-def test_a_projected_network_is_the_sliced_one(model, batch, seed):
+def off(model, dense, tokens) -> float:
+    """The same of two networks."""
+    with Double(), torch.no_grad():
+        found, expected = (network(tokens).logits.log_softmax(-1) for network in (model, dense))
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+@given(networks(), batches(), st.integers(0, 2**31), st.booleans())
+def test_a_projected_network_is_the_sliced_one(model, batch, seed, refit):
     D = model.config.hidden_size
     fuse(model)
     Q, before = random_rotation(D, seed)[:, :D // 2], copy.deepcopy(model)
+    if refit:  # no two alike, and none orthogonal
+        Q = Q + 0.1 * torch.randn(len(model.config.slicegpt["dimensions"]), 2, D, D // 2).double()
     with projected(model, Q), torch.no_grad():
         found = logits(model, batch)
     assert all(torch.equal(W, V) for W, V in zip(model.state_dict().values(), before.state_dict().values()))
@@ -584,6 +594,22 @@ def test_a_learned_rotation_costs_the_output_less(model, seed):
         assert torch.equal(W, V) and W.requires_grad and W.grad is None, name
 
 
+@settings(max_examples=20)
+@given(networks(), st.integers(0, 2**31))
+def test_a_learned_refit_costs_the_output_less(model, seed):
+    tokens, D = random_tokens(8, 12, seed), model.config.hidden_size
+    dense, models = copy.deepcopy(model), []
+    slice_and_refit(model, tokens, 0.5, Q=shared_rotation(model, tokens), round_to=1)
+    for seed in (0, 0, 1):
+        models.append(copy.deepcopy(model))
+        learn_refit(models[-1], dense, tokens, 20, batch_size=64, seed=seed)
+    assert off(models[0], dense, tokens) < off(model, dense, tokens)
+    weights, again, other = (torch.cat([W.flatten() for W in model.parameters()]) for model in models)
+    assert torch.equal(weights, again) and not torch.equal(weights, other)
+    assert all(W.requires_grad and W.grad is None for W in models[0].parameters())
+    assert models[0].config.slicegpt == model.config.slicegpt and parameters(models[0]) == parameters(model)
+
+
 def test_the_gradient_of_a_rotation_is_that_of_the_sliced_network():
     """The first step of plain descent, by differences of the sliced network's own divergence."""
     model, tokens = network("llama", 0, **TINY), random_tokens(4, 8)
@@ -604,7 +630,7 @@ def test_the_gradient_of_a_rotation_is_that_of_the_sliced_network():
 def test_a_divergence_that_is_not_finite_is_refused():
     model = network("llama", 0, **TINY)
     model.lm_head.weight.data[5] = math.inf
-    with pytest.raises(SliceGPTError, match="not finite in learning the rotation"):
+    with pytest.raises(SliceGPTError, match="not finite in learning to predict"):
         learn_rotation(model, random_tokens(4, 8), random_rotation(16, 0)[:, :8], 2)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -1179,6 +1205,7 @@ def test_the_program_from_end_to_end(tiny, tmp_path):
     (["--rotation", "shared"], {"dimensions": None}),
     (["--rotation", "shared", "--refit"], {"dimensions": None}),
     (["--rotation", "shared", "--learn-rotation", "3"], {"dimensions": None}),
+    (["--rotation", "shared", "--learn-rotation", "3", "--refit"], {"dimensions": None}),
     (["--rotation", "shared", "--learn-rotation", "3", "--head", "tied"],
      {"dimensions": [8] * 5, "shortcuts": False, "tied": True}),
     (["--refit"], {"dimensions": [8] * 5, "shortcuts": True}),
@@ -1204,10 +1231,14 @@ def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expecte
     assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-6)
     model, calibration = load(path / "tied")[0], tokenize(tokenizer, (path / "text").read_text(), 32, 9, 0)
     if "--refit" in flags:
+        dense = copy.deepcopy(model)
         sliced_beyond(model, calibration, 0.5, "shared" in flags, slice_head="full" not in flags)
+        if "--learn-rotation" in flags:
+            learn_refit(model, dense, calibration, 3)
+    elif "--learn-rotation" in flags:
+        rotate(model, learn_rotation(model, calibration, shared_rotation(model, calibration)[:, :8], 3))
     elif "shared" in flags:
-        Q = shared_rotation(model, calibration)[:, :8]
-        rotate(model, learn_rotation(model, calibration, Q, 3) if "--learn-rotation" in flags else Q)
+        rotate(model, shared_rotation(model, calibration)[:, :8])
     else:
         slice_model(model, calibration, 0.5, slice_head="--no-slice-head" not in flags)
     if "tied" in flags:
@@ -1505,7 +1536,7 @@ def test_zero_shot_tasks(tiny, tmp_path, monkeypatch):
 def cases():
     """Every way to slice, of sequential and parallel layers, with five sequences and with one: weights, perplexity."""
     for family, options in (("llama", TINY), ("opt", TINY_OPT), ("phi", TINY)):
-        for way, samples in itertools.product(("block", "refit", "shared refit", "learned"), (5, 1)):
+        for way, samples in itertools.product(("block", "refit", "shared refit", "learned", "learned refit"), (5, 1)):
             model, tokens = network(family, 0, **options), random_tokens(samples, 12)
             with Double():
                 if way == "block":
@@ -1514,7 +1545,10 @@ def cases():
                     Q = shared_rotation(model, tokens, batch_size=2)[:, :8]
                     rotate(model, learn_rotation(model, tokens, Q, 2, batch_size=min(3, samples)))
                 else:
-                    sliced_beyond(model, tokens, 0.5, "shared" in way, batch_size=2)
+                    dense = copy.deepcopy(model)
+                    sliced_beyond(model, tokens, 0.5, "refit" != way, batch_size=2)
+                    if "learned" in way:
+                        learn_refit(model, dense, tokens, 2, batch_size=min(3, samples))
                 yield f"{family}, {way}, {samples}", model.state_dict(), perplexity(model, tokens, batch_size=2)
 
 
