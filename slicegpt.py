@@ -695,8 +695,13 @@ def learn_refit(model, dense, calibration: Tensor, steps: int, *, learning_rate:
     Least squares weigh all directions of a signal alike; this descends on what the dense network's output makes of
     them, see `imitate`. Each stage reads the signal through a matrix I + M (d, d) of its own, and writes through one,
     so that W_in <- (I + M)^T W_in and W_out <- W_out (I + M). learning_rate: by default proportional to a Q's entries.
+    Raises SliceGPTError, also, for a model that has shortcuts or a tied head.
     """
-    dimensions = model.config.slicegpt["dimensions"]
+    fuse(model)
+    shape = model.config.slicegpt
+    if shape["shortcuts"] or shape.get("tied"):
+        raise SliceGPTError("a refit is learned without shortcuts, and before the head is tied")
+    dimensions = shape["dimensions"]
     I = torch.eye(dimensions[0], dtype=torch.float64, device=model.device)
     M = imitate(model, dense, calibration, (len(dimensions), 2, *I.shape), lambda M: I.to(M) + M, steps,
                 learning_rate or 0.0025 / math.sqrt(dense.config.hidden_size), batch_size, seed)

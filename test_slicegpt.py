@@ -635,6 +635,16 @@ def test_a_divergence_that_is_not_finite_is_refused():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_refit_is_learned_without_shortcuts_and_before_the_head_is_tied(tied):
+    dense, tokens = network("llama", 0, **TINY), random_tokens(4, 8)
+    model = sliced_beyond(copy.deepcopy(dense), tokens, 0.5, tied)
+    if tied:
+        tie_head(model)
+    with pytest.raises(SliceGPTError, match="without shortcuts, and before the head is tied"):
+        learn_refit(model, dense, tokens, 1)
+
+
 def model_eps(model):
     return model.get_submodule(architecture(model.config).norm).eps
 
