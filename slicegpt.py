@@ -695,13 +695,12 @@ def learn_refit(model, dense, calibration: Tensor, steps: int, *, learning_rate:
     Least squares weigh all directions of a signal alike; this descends on what the dense network's output makes of
     them, see `imitate`. Each stage reads the signal through a matrix I + M (d, d) of its own, and writes through one,
     so that W_in <- (I + M)^T W_in and W_out <- W_out (I + M). learning_rate: by default proportional to a Q's entries.
-    Raises SliceGPTError, also, for a model that has shortcuts or a tied head.
+    Raises SliceGPTError, also, for a model that has shortcuts.
     """
     fuse(model)
-    shape = model.config.slicegpt
-    if shape["shortcuts"] or shape.get("tied"):
-        raise SliceGPTError("a refit is learned without shortcuts, and before the head is tied")
-    dimensions = shape["dimensions"]
+    if model.config.slicegpt["shortcuts"]:
+        raise SliceGPTError("a refit is learned without shortcuts")
+    dimensions = model.config.slicegpt["dimensions"]
     I = torch.eye(dimensions[0], dtype=torch.float64, device=model.device)
     M = imitate(model, dense, calibration, (len(dimensions), 2, *I.shape), lambda M: I.to(M) + M, steps,
                 learning_rate or 0.0025 / math.sqrt(dense.config.hidden_size), batch_size, seed)
@@ -766,8 +765,18 @@ def projected(model, Q: Tensor):
             X = X + sum(block(layer, normalised, *args, **kwargs) for block in stage.blocks) @ Q_out
         return X
 
-    hooks = [embedding.register_forward_hook(lambda module, inputs, X: X @ embedded) for embedding in embeddings(model)]
-    hooks.append(model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0] @ last.T))
+    def writes(module, Q):
+        return module.register_forward_hook(lambda module, inputs, X: X @ Q)
+
+    def reads(module, Q):
+        return module.register_forward_pre_hook(lambda module, inputs: inputs[0] @ Q.T)
+
+    hooks = [writes(embedding, embedded) for embedding in embeddings(model)]
+    if model.config.slicegpt.get("tied"):  # then what writes the embedding is in the head, too
+        B = model.get_submodule(architecture(model.config).norm)[1]
+        hooks += [reads(B, last), writes(B, embedded)]
+        last = embedded
+    hooks.append(reads(model.get_output_embeddings(), last))
     try:
         with layers_do(partial(checkpoint, forward, use_reentrant=False), model):
             yield
@@ -1673,8 +1682,6 @@ def slice_as_asked(args, model, calibration, device) -> tuple[PreTrainedModel, s
     if args.refit:
         dense = copy.deepcopy(model) if args.learn_rotation else None
         slice_and_refit(model, calibration, Q=Q, **size, **where)
-        if args.learn_rotation:
-            learn_refit(model.to(device), dense.to(device), calibration, args.learn_rotation, seed=args.seed)
     elif args.learn_rotation:
         rotate(model, learn_rotation(model.to(device), calibration, Q, args.learn_rotation, seed=args.seed))
     elif Q is not None:
@@ -1683,6 +1690,8 @@ def slice_as_asked(args, model, calibration, device) -> tuple[PreTrainedModel, s
         slice_model(model, calibration, signal=args.pca, **size, **where)
     if args.head == "tied":
         tie_head(model, calibration)
+    if args.refit and args.learn_rotation:  # last, so that what ties the head is learned too
+        learn_refit(model.to(device), dense.to(device), calibration, args.learn_rotation, seed=args.seed)
     return (model, outline(model.config)[1]) if args.stream else standard(model)
 
 
