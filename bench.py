@@ -506,6 +506,9 @@ METHODS = {  # as options of slicegpt.py
     "block": [], "block, refit": ["--refit"],
     "shared": ["--rotation", "shared"], "shared, refit": ["--rotation", "shared", "--refit"],
     "shared, refit, tied": ["--rotation", "shared", "--refit", "--head", "tied"],
+    "shared, learned": ["--rotation", "shared", "--learn-rotation"],
+    "shared, refit, learned": ["--rotation", "shared", "--refit", "--learn-rotation"],
+    "shared, refit, learned, tied": ["--rotation", "shared", "--refit", "--head", "tied", "--learn-rotation"],
 }
 
 
@@ -537,7 +540,13 @@ def quality(args, options):
     add("dense", 0.0, model.to(device).eval())
     add("SparseGPT 2:4", 0.5, *compressed(model, options, None, calibration, device))
     for method, flags in METHODS.items():
-        for sparsity in args.sparsities if tied or "tied" not in flags else []:
+        if "tied" in flags and not tied:
+            continue
+        if flags[-1:] == ["--learn-rotation"]:  # as often as was asked for
+            if not args.learn_rotation:
+                continue
+            flags = [*flags, str(args.learn_rotation)]
+        for sparsity in args.sparsities:
             add(method, sparsity, *compressed(model, [*options, *flags], sparsity, calibration, device))
     prompt = torch.randint(model.config.vocab_size, (1, min(128, setting.seqlen // 2)), device=device)
     tokens = min(50, setting.seqlen // 2 - WARM_UP)
@@ -638,6 +647,7 @@ OPTIONS = {
     "shapes": {"choices": SHAPES, "nargs": "+", "default": ["opt-125m", "opt-350m-like", "opt-1.3b"]},
     "sparsity": {"type": float, "default": 0.25},
     "sparsities": {"type": float, "nargs": "+"},
+    "learn_rotation": {"type": int, "metavar": "N", "help": "also the methods that learn, in N steps (default: not)"},
     "layers": {"type": int, "help": "build so many layers (latency: measure these and half as many, and extrapolate)"},
     "batch_size": {"type": int},
     "batch_sizes": {"type": int, "nargs": "+", "default": [1, 2048], "help": "tokens at a time (default: 1 2048)"},
@@ -665,7 +675,7 @@ COMMANDS = {  # the function, its options, those of their defaults that are its 
     "cost": (cost, "shapes sparsity layers batch_size samples seqlen finetune repeat device dtype json plot",
              {"batch_size": 8, "seqlen": 512, "repeat": 1}),
     "table1": (table1, "models json plot", {}),
-    "quality": (quality, "sparsities json plot", {"sparsities": [0.1, 0.2, 0.3]}),
+    "quality": (quality, "sparsities learn_rotation json plot", {"sparsities": [0.1, 0.2, 0.3]}),
     "spectrum": (spectrum, "json plot", {}),
 }
 

@@ -2157,10 +2157,13 @@ def test_the_benchmark_of_table_1(tiny, tmp_path):
 def test_the_benchmark_of_quality_and_the_spectrum(tiny):
     path, options = tiny
     options = [*options, "--model", str(path / "tied"), "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
-    code, out, _, table = benchmark("quality", *options, "--sparsities", 0.25, 0.5)
+    code, out, _, table = benchmark("quality", *options, "--sparsities", 0.25, 0.5, "--learn-rotation", 2)
     assert code == 0 and [(row["method"], row["sparsity"]) for row in table] == [
         ("dense", 0), ("SparseGPT 2:4", 0.5)] + [
         (method, sparsity) for method in bench.METHODS for sparsity in (0.25, 0.5)]
+    code, out, _, without = benchmark("quality", *options, "--sparsities", 0.5)
+    assert code == 0 and [row["method"] for row in without if row["sparsity"] == 0.5] == ["SparseGPT 2:4"] + [
+        method for method in bench.METHODS if "learned" not in method]
     dense, tokenizer = load(path / "tied")
     assert table[0]["parameters"] == parameters(dense) and table[0]["time"] == 1
     tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 2)
