@@ -506,10 +506,12 @@ METHODS = {  # as options of slicegpt.py
     "block": [], "block, refit": ["--refit"],
     "shared": ["--rotation", "shared"], "shared, refit": ["--rotation", "shared", "--refit"],
     "shared, refit, tied": ["--rotation", "shared", "--refit", "--head", "tied"],
-    "shared, learned": ["--rotation", "shared", "--learn-rotation"],
-    "shared, refit, learned": ["--rotation", "shared", "--refit", "--learn-rotation"],
-    "shared, refit, learned, tied": ["--rotation", "shared", "--refit", "--head", "tied", "--learn-rotation"],
-}
+    "shared, learned": ["--rotation", "shared", "--learn-rotation", "N"],
+    "shared, refit, learned": ["--rotation", "shared", "--refit", "--learn-refit", "N"],
+    "shared, learned twice": ["--rotation", "shared", "--learn-rotation", "N", "--learn-refit", "N"],
+    "shared, learned twice, tied": ["--rotation", "shared", "--learn-rotation", "N", "--learn-refit", "N",
+                                    "--head", "tied"],
+}  # N: as many steps as --learn says
 
 
 def compressed(model, options: list[str], sparsity: float | None, calibration: Tensor, device):
@@ -540,12 +542,9 @@ def quality(args, options):
     add("dense", 0.0, model.to(device).eval())
     add("SparseGPT 2:4", 0.5, *compressed(model, options, None, calibration, device))
     for method, flags in METHODS.items():
-        if "tied" in flags and not tied:
+        if "tied" in flags and not tied or "N" in flags and not args.learn:
             continue
-        if flags[-1:] == ["--learn-rotation"]:  # as often as was asked for
-            if not args.learn_rotation:
-                continue
-            flags = [*flags, str(args.learn_rotation)]
+        flags = [str(args.learn) if flag == "N" else flag for flag in flags]
         for sparsity in args.sparsities:
             add(method, sparsity, *compressed(model, [*options, *flags], sparsity, calibration, device))
     prompt = torch.randint(model.config.vocab_size, (1, min(128, setting.seqlen // 2)), device=device)
@@ -647,7 +646,7 @@ OPTIONS = {
     "shapes": {"choices": SHAPES, "nargs": "+", "default": ["opt-125m", "opt-350m-like", "opt-1.3b"]},
     "sparsity": {"type": float, "default": 0.25},
     "sparsities": {"type": float, "nargs": "+"},
-    "learn_rotation": {"type": int, "metavar": "N", "help": "also the methods that learn, in N steps (default: not)"},
+    "learn": {"type": int, "metavar": "N", "help": "also the methods that learn, by N steps (default: without)"},
     "layers": {"type": int, "help": "build so many layers (latency: measure these and half as many, and extrapolate)"},
     "batch_size": {"type": int},
     "batch_sizes": {"type": int, "nargs": "+", "default": [1, 2048], "help": "tokens at a time (default: 1 2048)"},
@@ -675,7 +674,7 @@ COMMANDS = {  # the function, its options, those of their defaults that are its 
     "cost": (cost, "shapes sparsity layers batch_size samples seqlen finetune repeat device dtype json plot",
              {"batch_size": 8, "seqlen": 512, "repeat": 1}),
     "table1": (table1, "models json plot", {}),
-    "quality": (quality, "sparsities learn_rotation json plot", {"sparsities": [0.1, 0.2, 0.3]}),
+    "quality": (quality, "sparsities learn json plot", {"sparsities": [0.1, 0.2, 0.3]}),
     "spectrum": (spectrum, "json plot", {}),
 }
 

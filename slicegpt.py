@@ -690,10 +690,10 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
 
 def learn_refit(model, dense, calibration: Tensor, steps: int, *, learning_rate: float | None = None,
                 batch_size: int = 4, seed: int = 0):
-    """Goes on where `slice_and_refit` ends: moves the weights of a sliced model, without shortcuts, in place.
+    """Moves the weights of a sliced model, without shortcuts, in place, to where they cost the output less.
 
-    Least squares weigh all directions of a signal alike; this descends on what the dense network's output makes of
-    them, see `imitate`. Each stage reads the signal through a matrix I + M (d, d) of its own, and writes through one,
+    It goes on where `learn_rotation` or `slice_and_refit` ended, whose least squares weigh all directions of a signal
+    alike, and descends on what the dense network's output makes of them, see `imitate`. Each stage reads the signal through a matrix I + M (d, d) of its own, and writes through one,
     so that W_in <- (I + M)^T W_in and W_out <- W_out (I + M). learning_rate: by default proportional to a Q's entries.
     Raises SliceGPTError, also, for a model that has shortcuts.
     """
@@ -1503,8 +1503,9 @@ def parse_arguments(argv):
         "paper, or one for all, without shortcuts (default: block)")
     add("--learn-rotation", type=within(int, 1), metavar="N", help="turn the one rotation for all by N steps of "
         "descent on the divergence of the sliced model's predictions from the dense one's")
-    add("--refit", action="store_true", help="fit the sliced weights to the dense network by least squares; then "
-        "--learn-rotation moves, instead of the rotation, what each block reads and writes with")
+    add("--refit", action="store_true", help="fit the sliced weights to the dense network by least squares")
+    add("--learn-refit", type=within(int, 1), metavar="N", help="after slicing, move what each block reads and writes "
+        "the signal with, by N steps of the same descent (needs --rotation shared)")
     add("--head", choices=["sliced", "full", "tied"], default="sliced", help="slice the head too (default), give it "
         "all dimensions, or keep it one matrix with the embedding, if it was")
     add("--calibration", metavar="TEXT", help="wikitext2, alpaca, pydoc (Python's language reference), or the path of "
@@ -1555,8 +1556,8 @@ def prepare(args) -> tuple:
             read_text(name, bool(evaluation))
     if args.rotation == "shared" and (args.head == "full" or args.discard_variance is not None):
         raise SliceGPTError("--rotation shared has one dimension throughout: no full head, and no --discard-variance")
-    if args.learn_rotation and (args.rotation != "shared" or args.stream):
-        raise SliceGPTError("--learn-rotation needs --rotation shared and the whole model in memory, so no --stream")
+    if (args.learn_rotation or args.learn_refit) and (args.rotation != "shared" or args.stream):
+        raise SliceGPTError("what is learned needs --rotation shared and the whole model in memory, so no --stream")
     if args.pca == "output" and (args.rotation == "shared" or args.refit):
         raise SliceGPTError("--pca is for the paper's method: neither for --rotation shared nor for --refit")
     if args.save:
@@ -1674,24 +1675,24 @@ def slice_as_asked(args, model, calibration, device) -> tuple[PreTrainedModel, s
     D, where = model.config.hidden_size, {"batch_size": args.batch_size, "device": device}
     size = {"sparsity": args.sparsity or 0, "discard_variance": args.discard_variance, "round_to": args.round_to,
             "slice_head": args.head != "full"}
-    Q = None
+    Q, learning = None, {"calibration": calibration, "seed": args.seed}
+    if (args.learn_rotation or args.learn_refit) and not fits(model, device):
+        raise SliceGPTError("learning needs a device that holds the model")
     if args.rotation == "shared":
         Q = shared_rotation(model, calibration, **where)[:, :sliced_dimension(D, args.sparsity, args.round_to)]
-    if args.learn_rotation and not fits(model, device):
-        raise SliceGPTError("--learn-rotation needs a device that holds the model")
+    if args.learn_rotation:
+        Q = learn_rotation(model.to(device), Q=Q, steps=args.learn_rotation, **learning)
+    dense = copy.deepcopy(model) if args.learn_refit else None
     if args.refit:
-        dense = copy.deepcopy(model) if args.learn_rotation else None
         slice_and_refit(model, calibration, Q=Q, **size, **where)
-    elif args.learn_rotation:
-        rotate(model, learn_rotation(model.to(device), calibration, Q, args.learn_rotation, seed=args.seed))
     elif Q is not None:
         rotate(model, Q)
     else:
         slice_model(model, calibration, signal=args.pca, **size, **where)
     if args.head == "tied":
         tie_head(model, calibration)
-    if args.refit and args.learn_rotation:  # last, so that what ties the head is learned too
-        learn_refit(model.to(device), dense.to(device), calibration, args.learn_rotation, seed=args.seed)
+    if args.learn_refit:  # last, so that what ties the head is learned too
+        learn_refit(model.to(device), dense.to(device), steps=args.learn_refit, **learning)
     return (model, outline(model.config)[1]) if args.stream else standard(model)
 
 

@@ -1218,10 +1218,12 @@ def test_the_program_from_end_to_end(tiny, tmp_path):
     (["--rotation", "shared"], {"dimensions": None}),
     (["--rotation", "shared", "--refit"], {"dimensions": None}),
     (["--rotation", "shared", "--learn-rotation", "3"], {"dimensions": None}),
+    (["--rotation", "shared", "--refit", "--learn-refit", "3"], {"dimensions": None}),
+    (["--rotation", "shared", "--learn-rotation", "3", "--learn-refit", "4"], {"dimensions": None}),
     (["--rotation", "shared", "--learn-rotation", "3", "--refit"], {"dimensions": None}),
     (["--rotation", "shared", "--learn-rotation", "3", "--head", "tied"],
      {"dimensions": [8] * 5, "shortcuts": False, "tied": True}),
-    (["--rotation", "shared", "--learn-rotation", "3", "--refit", "--head", "tied"],
+    (["--rotation", "shared", "--refit", "--learn-refit", "4", "--head", "tied"],
      {"dimensions": [8] * 5, "shortcuts": False, "tied": True}),
     (["--refit"], {"dimensions": [8] * 5, "shortcuts": True}),
     (["--refit", "--head", "full"], {"dimensions": [8] * 4 + [16], "shortcuts": True}),
@@ -1245,19 +1247,21 @@ def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expecte
     tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 5)
     assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-6)
     model, calibration = load(path / "tied")[0], tokenize(tokenizer, (path / "text").read_text(), 32, 9, 0)
+    dense, Q = copy.deepcopy(model), None
+    if "shared" in flags:
+        Q = shared_rotation(model, calibration)[:, :8]
+    if "--learn-rotation" in flags:
+        Q = learn_rotation(model, calibration, Q, 3)
     if "--refit" in flags:
-        dense = copy.deepcopy(model)
-        sliced_beyond(model, calibration, 0.5, "shared" in flags, slice_head="full" not in flags)
-    elif "--learn-rotation" in flags:
-        rotate(model, learn_rotation(model, calibration, shared_rotation(model, calibration)[:, :8], 3))
+        slice_and_refit(model, calibration, 0.5, Q=Q, slice_head="full" not in flags)
     elif "shared" in flags:
-        rotate(model, shared_rotation(model, calibration)[:, :8])
+        rotate(model, Q)
     else:
         slice_model(model, calibration, 0.5, slice_head="--no-slice-head" not in flags)
     if "tied" in flags:
         tie_head(model, calibration)
-    if "--refit" in flags and "--learn-rotation" in flags:
-        learn_refit(model, dense, calibration, 3)
+    if "--learn-refit" in flags:
+        learn_refit(model, dense, calibration, int(flags[flags.index("--learn-refit") + 1]))
     assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-4)
 
 
@@ -1285,6 +1289,7 @@ BAD_INPUT = {
     "variance 1": (["--discard-variance", "1"], "must be at least 0 and below 1"),
     "variance with one rotation": (["--rotation", "shared", "--discard-variance", "0.1"], "one dimension throughout"),
     "learning of many rotations": (["--learn-rotation", "3"], "needs --rotation shared"),
+    "learning with shortcuts": (["--learn-refit", "3"], "needs --rotation shared"),
     "learning in a stream": (["--rotation", "shared", "--learn-rotation", "3", "--stream", "--save", "{path}/new"],
                              "the whole model in memory"),
     "full head with one rotation": (["--rotation", "shared", "--head", "full"], "one dimension throughout"),
@@ -2157,7 +2162,7 @@ def test_the_benchmark_of_table_1(tiny, tmp_path):
 def test_the_benchmark_of_quality_and_the_spectrum(tiny):
     path, options = tiny
     options = [*options, "--model", str(path / "tied"), "--samples", "4", "--eval-samples", "2", "--round-to", "2"]
-    code, out, _, table = benchmark("quality", *options, "--sparsities", 0.25, 0.5, "--learn-rotation", 2)
+    code, out, _, table = benchmark("quality", *options, "--sparsities", 0.25, 0.5, "--learn", 2)
     assert code == 0 and [(row["method"], row["sparsity"]) for row in table] == [
         ("dense", 0), ("SparseGPT 2:4", 0.5)] + [
         (method, sparsity) for method in bench.METHODS for sparsity in (0.25, 0.5)]
