@@ -1235,7 +1235,8 @@ def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expecte
     """What is saved computes what was measured, as does the same method called from Python."""
     path, options = tiny
     code, out, _ = command(*options, "--model", path / "tied", "--sparsity", "0.5", "--samples", "9",
-                           "--eval-samples", "5", *flags, "--save", tmp_path / "sliced", "--report", tmp_path / "json")
+                           "--eval-samples", "5", "--seed", "1", *flags, "--save", tmp_path / "sliced",
+                           "--report", tmp_path / "json")
     report, (model, tokenizer) = json.loads((tmp_path / "json").read_text()), load(tmp_path / "sliced")
     assert code == 0 and report["sliced_dimension"] == 8 and report["sliced_parameters"] == parameters(model)
     if expected["dimensions"] is None:
@@ -1246,12 +1247,12 @@ def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expecte
         assert ("matrix of its own" if flags[-1] == "tied" and "shared" in flags else "shortcuts") in out
     tokens = tokenize(tokenizer, (path / "text").read_text(), 32, 5)
     assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-6)
-    model, calibration = load(path / "tied")[0], tokenize(tokenizer, (path / "text").read_text(), 32, 9, 0)
+    model, calibration = load(path / "tied")[0], tokenize(tokenizer, (path / "text").read_text(), 32, 9, 1)
     dense, Q = copy.deepcopy(model), None
     if "shared" in flags:
         Q = shared_rotation(model, calibration)[:, :8]
     if "--learn-rotation" in flags:
-        Q = learn_rotation(model, calibration, Q, 3)
+        Q = learn_rotation(model, calibration, Q, 3, seed=1)
     if "--refit" in flags:
         slice_and_refit(model, calibration, 0.5, Q=Q, slice_head="full" not in flags)
     elif "shared" in flags:
@@ -1261,7 +1262,7 @@ def test_every_way_to_slice_from_the_command_line(tiny, tmp_path, flags, expecte
     if "tied" in flags:
         tie_head(model, calibration)
     if "--learn-refit" in flags:
-        learn_refit(model, dense, calibration, int(flags[flags.index("--learn-refit") + 1]))
+        learn_refit(model, dense, calibration, int(flags[flags.index("--learn-refit") + 1]), seed=1)
     assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-4)
 
 
