@@ -569,6 +569,8 @@ def test_a_projected_network_is_the_sliced_one(model, batch, seed, refit, tied):
     assert_same(logits(model, batch), logits(before, batch), 1e-15)
     rotate(model, Q)
     assert_same(found, logits(model, batch))
+    written_by = Q[0, 0] if refit else Q
+    assert_same(matrix(model.get_input_embeddings()), matrix(before.get_input_embeddings()) @ written_by)
 
 
 @settings(max_examples=20)
