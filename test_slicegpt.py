@@ -635,6 +635,20 @@ def test_the_gradient_of_a_rotation_is_that_of_the_sliced_network():
     assert (M.grad.T @ Q).norm() < 1e-9 * M.grad.norm()
 
 
+def test_for_the_gradient_only_the_signals_between_layers_are_kept():
+    kept, tokens = {}, random_tokens(4, 8)
+    for L in (2, 6):
+        model, Q = network("llama", 0, **TINY | {"num_hidden_layers": L}), random_rotation(16, 0)[:, :8]
+        fuse(model)
+        model.requires_grad_(False)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda X: sizes.append(X.nbytes) or X, lambda X: X):
+            with projected(model, Q.requires_grad_()):
+                model(tokens, use_cache=False).logits.sum()
+        kept[L] = sum(sizes)
+    assert kept[6] - kept[2] == 4 * 4 * 8 * 8 * 8  # layers, sequences, tokens, dimensions, bytes of a float64
+
+
 def test_a_divergence_that_is_not_finite_is_refused():
     model = network("llama", 0, **TINY)
     model.lm_head.weight.data[5] = math.inf
