@@ -694,8 +694,9 @@ def learn_refit(model, dense, calibration: Tensor, steps: int, *, learning_rate:
     """Moves the weights of a sliced model, without shortcuts, in place, to where they cost the output less.
 
     It goes on where `learn_rotation` or `slice_and_refit` ended, whose least squares weigh all directions of a signal
-    alike, and descends on what the dense network's output makes of them, see `imitate`. Each stage reads the signal through a matrix I + M (d, d) of its own, and writes through one,
-    so that W_in <- (I + M)^T W_in and W_out <- W_out (I + M). learning_rate: by default proportional to a Q's entries.
+    alike, and descends on what the dense network's output makes of them, see `imitate`. Each stage reads the signal
+    through a matrix I + M (d, d) of its own, and writes through one, so that W_in <- (I + M)^T W_in and
+    W_out <- W_out (I + M). learning_rate: by default proportional to a Q's entries.
     Raises SliceGPTError, also, for a model that has shortcuts.
     """
     fuse(model)
