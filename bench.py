@@ -330,6 +330,11 @@ def cost(args):
     The pass is timed both with the head, which computes logits, and without it, since slicing does not need the head.
     """
     rows, finetuned = [], args.finetune * args.seqlen
+    try:
+        finetuned and slicegpt.optional("peft")
+    except SliceGPTError as error:
+        print(f"without RFT: {error}")
+        finetuned = 0
     for shape in args.shapes:
         model = build(shape, None, args.layers or depth(shape), args.dtype, args.device)
         for samples in args.samples:
@@ -355,7 +360,7 @@ def cost(args):
                 slicegpt.finetune(victims[0], torch.randint(10, 1000, (args.finetune, args.seqlen)))
 
             works = {"forward": lambda: forward(model), "body": lambda: forward(model.base_model),
-                     "slicing": slicing} | ({"rft": finetuning} if args.finetune else {})
+                     "slicing": slicing} | ({"rft": finetuning} if finetuned else {})
             times = [[] for _ in works]
             warm_up = 0 if rows else 1
             for number in range(warm_up + args.repeat):
