@@ -7,32 +7,36 @@ around every measurement; printed are medians and the 10th and 90th percentiles.
     python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (what a bare bench.py does)
     python bench.py throughput --shape opt-125m  # A.6: tokens per second, in batches as large as pays
     python bench.py ops --shape opt-6.7b         # A.7: the time of every matrix product of a layer
-    python bench.py cost                         # Table 3: the time and memory of slicing, and how they grow
+    python bench.py cost                         # Table 3: the time and memory of slicing and of RFT
 
-The others take a real model, and slicegpt.py's options for it and for the texts:
+The others take a real model, and the options of slicegpt.py for it and for the texts:
 
     python bench.py table1 --models DIR DIR      # Table 1: perplexity, dense, SparseGPT 2:4, SliceGPT
+    python bench.py tasks --model DIR            # Figure 5: zero-shot accuracy, dense and sliced
     python bench.py quality --plot quality.png   # perplexity against parameters and time, for all ways to slice
     python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 
-All take --json FILE and, but for ops, --plot FILE.png (needs matplotlib).
+All take --json FILE and, but for ops and tasks, --plot FILE.png (needs matplotlib).
 """
 import argparse
 import contextlib
 import copy
+import difflib
+import importlib.util
+import itertools
 import json
-import math
+import logging
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import slicegpt
-from slicegpt import SlicedForCausalLM, SliceGPTError, parameters, progress, slice_model, sliced_dimension
+from slicegpt import SlicedForCausalLM, SliceGPTError, parameters, slice_model, sliced_dimension
 
 
 # ---- Networks of published shapes, with random weights --------------------------------------------------------------
@@ -58,23 +62,16 @@ SHAPES = {
 }  # the real OPT-350M has its norms behind the blocks, and cannot be sliced
 
 
-def depth(shape: str) -> int:
-    return SHAPES[shape][1]["num_hidden_layers"]
-
-
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A network of a published shape with random weights; sliced, if there is a sparsity, per block or by one rotation.
-
-    With one rotation its dimension is a multiple of what slicegpt.py would make it one of, and a Llama is a Llama.
-    """
+    """A network of a published shape with random weights; sliced, if there is a sparsity, by blocks or one rotation."""
     family, options = SHAPES[shape]
-    config = AutoConfig.for_model(family, **options | {"num_hidden_layers": layers})
+    config = AutoConfig.for_model(family, **options | {"num_hidden_layers": layers or options["num_hidden_layers"]})
     with torch.device(device):
         if sparsity is None:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        round_to = config.num_attention_heads if shared and family == "llama" else 8
+        round_to = config.num_attention_heads if shared and family == "llama" else 8  # so that a Llama stays one
         d = sliced_dimension(config.hidden_size, sparsity, round_to)
-        config.slicegpt = {"dimensions": [d] * (2 * layers + 1), "shortcuts": not shared}
+        config.slicegpt = slicegpt.sliced_shape(config, d, "shared" if shared else "block")
         return slicegpt.standard(SlicedForCausalLM._from_config(config, dtype=dtype))[0].eval()
 
 
@@ -89,393 +86,276 @@ def weight_bytes(model) -> int:
 WARM_UP = 4  # rounds
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @torch.no_grad()
-def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> list[list[float]]:
-    """The seconds of every work in every round, after a warm-up; what else the machine does falls on all alike."""
-    seconds = [[] for _ in works]
-    for number in progress(range(warm_up + rounds), label, unit="round"):
-        for work, times in zip(works, seconds):
-            synchronise(device)
+def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
+    """The seconds (works, rounds) after a warm-up; what else the machine does falls on all works alike."""
+    synchronize = torch.get_device_module(device).synchronize
+    seconds = torch.zeros(len(works), warm_up + rounds, dtype=torch.float64)
+    for number in slicegpt.progress(range(warm_up + rounds), label, unit="round"):
+        for i, work in enumerate(works):
+            synchronize()
             start = time.perf_counter()
             work()
-            synchronise(device)
-            if number >= warm_up:
-                times.append(time.perf_counter() - start)
-    return seconds
+            synchronize()
+            seconds[i, number] = time.perf_counter() - start
+    return seconds[:, warm_up:]
 
 
-def quantiles(values) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
-    return tuple(torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.1, 0.9]).double()).tolist())
-
-
-def ratios(seconds, reference) -> tuple[float, float, float]:
-    """Quantiles of the ratio, round by round."""
-    return quantiles([s / r for s, r in zip(seconds, reference)])
+def quantiles(values: Tensor) -> list:
+    """Median, 10th and 90th percentile of the last dimension."""
+    return values.quantile(torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64), -1).tolist()
 
 
 @torch.no_grad()
 def decoder(model, prompt: Tensor, static: int | None = None):
-    """A function that decodes one more token behind the prompt (B, N), by the KV cache.
-
-    static: for how many tokens there is room in a static cache, with which the model is compiled.
-    """
+    """A function that decodes one more token behind a prompt (B, N); compiled, for `static` tokens at most."""
     token = prompt[:, :1].clone()
     if static is None:
-        cache = model(prompt, use_cache=True, logits_to_keep=1).cache
-        return lambda: model(token, cache=cache, use_cache=True)
+        past = model(prompt, use_cache=True, logits_to_keep=1).cache
+        return lambda: model(token, cache=past, use_cache=True)
     # the shapes are those of the last step, so on a GPU it is one graph: networks are compared, and not launches
-    cache = StaticCache(model.config, max_cache_len=static)
-    model(prompt, cache=cache, use_cache=True, logits_to_keep=1)
+    past = StaticCache(model.config, max_cache_len=static)
+    model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
     positions = torch.full((len(prompt), 1), prompt.shape[1] - 1, device=prompt.device)
     mask = torch.ones(len(prompt), static, dtype=torch.int64, device=prompt.device)
-    return lambda: step(token, attention_mask=mask, position_ids=positions.add_(1), cache=cache, use_cache=True)
+    return lambda: step(token, attention_mask=mask, position_ids=positions.add_(1), cache=past, use_cache=True)
 
 
-def copying(device):
-    """(a function that copies more than caches hold, the bytes that it reads and writes)."""
-    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * source.nbytes
+def show(args, title: str, rows: list[dict], hidden: str = ""):
+    """Prints the rows as a table, a column for each key that is not hidden; and writes them for --json."""
+    headings = {"ms": "ms/token", "gigabytes": "GB/token", "bandwidth": "of a copy's", "speed": "tokens/s",
+                "sparse": "2:4", "forward": "dense pass", "body": "without head"}  # else the key
 
+    def text(key, value):
+        if isinstance(value, float):
+            return f"{value:.0%}" if key in ("sparsity", "bandwidth") else f"{value:.3f}"
+        return "-" if value is None else f"{value:,d}" if isinstance(value, int) else value
 
-def show(args, title: str, rows: list[dict], columns: dict, figures: list[dict] | None = None):
-    """Prints the rows as a table, with a heading and a format for each column; --json gets the figures, or the rows."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden.split()]
+    table = [["", *(headings.get(key, key) for key in keys[1:])]]
+    table += [[text(key, row.get(key)) for key in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
     print(title)
-    cells = [[heading for heading, _ in columns.values()]]
-    for row in rows:
-        cells.append(["-" if row.get(key) is None else f"{row[key]:{form}}" for key, (_, form) in columns.items()])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for first, *others in cells:
-        numbers = (f"{text:>{width}}" for text, width in zip(others, widths[1:]))
-        print("  ".join([f"{first:{widths[0]}}", *numbers]).rstrip())
+    for first, *others in table:
+        numbers = [f"  {cell:>{width}}" for cell, width in zip(others, widths[1:])]
+        print(f"{first:{widths[0]}}", *numbers, sep="")
     print(flush=True)
     if args.json:
-        args.json.write_text(json.dumps(figures or rows, indent=2) + "\n")
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def draw(args, *panels: tuple[dict, dict]):
-    """--plot: panels side by side, each of curves by their names, as lists of (x, y), and the settings of its axes."""
+def draw(args, rows: list[dict], name: str, x: str, y: str, log: str = ""):
+    """--plot: y against x, which may be several keys of the rows, a curve for each name; log: of the axes x and y."""
     if not args.plot:
         return
     pyplot = slicegpt.optional("matplotlib.pyplot")
+    panels, names = x.split(), dict.fromkeys(row[name] for row in rows)
     figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + 5.5 * len(panels), 4.5), squeeze=False)
-    for axis, (curves, settings) in zip(axes[0], panels):
-        for name, points in curves.items():
-            axis.plot(*zip(*sorted(points)), marker="o", label=name)
-        axis.set(**settings)
+    for axis, x in zip(axes[0], panels):
+        for i, label in enumerate(names):
+            points = sorted((row[x], row[y]) for row in rows if row[name] == label and row[y] is not None)
+            color = pyplot.cm.viridis(0.9 * i / max(1, len(names) - 1))
+            axis.plot(*zip(*points), marker="o" if len(points) < 20 else None, label=label, color=color)
+        axis.set(xlabel=x, ylabel=y, **{f"{letter}scale": "log" for letter in log})
         axis.grid(True, which="both", alpha=0.3)
-    axes[0][0].legend(fontsize="small")
+    if len(names) < 12:
+        axes[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(args.plot)
-
-
-def curves(rows: list[dict], name: str, x: str, y: str) -> dict:
-    return {label: [(row[x], row[y]) for row in rows if row[name] == label and row[y] is not None]
-            for label in dict.fromkeys(row[name] for row in rows)}
 
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
 
 def latency(args):
-    """Table 2: the time of one token, dense, sliced per block and by one rotation, beside a copy in memory.
-
-    A network of which only some layers are asked for is measured at that depth and at half of it; the difference is the
-    time of the layers, by which the time at full depth is extrapolated.
-    """
-    full, names = depth(args.shape), ["dense", f"block {args.sparsity:.0%}", f"shared {args.sparsity:.0%}"]
+    """Table 2: the time of one token, dense, sliced per block and by one rotation, beside a copy in memory."""
+    full = SHAPES[args.shape][1]["num_hidden_layers"]
+    # fewer --layers than that are measured at that depth and at half of it; the layers' time is the difference
     depths = [args.layers, args.layers // 2] if args.layers and args.layers < full else [full]
+    networks = {"dense": (None, False), f"block {args.sparsity:.0%}": (args.sparsity, False),
+                f"shared {args.sparsity:.0%}": (args.sparsity, True)}
     models = [build(args.shape, sparsity, layers, args.dtype, args.device, shared)
-              for sparsity, shared in ((None, False), (args.sparsity, False), (args.sparsity, True))
-              for layers in depths]
-    copy_once, copied = copying(args.device)
+              for sparsity, shared in networks.values() for layers in depths]
+    source = torch.ones(2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # more than caches hold
+    target = torch.empty_like(source)
 
-    def at_full_depth(a, b=None):
-        return a if b is None else a + (a - b) * (full - depths[0]) / (depths[0] - depths[1])
+    def at_full_depth(values):  # of each model -> of each network
+        values = values.unflatten(0, (len(networks), len(depths)))
+        deep, shallow = values[:, 0], values[:, -1]
+        return deep + (deep - shallow) * (full - depths[0]) / max(1, depths[0] - depths[-1])
 
-    def of_each(values):  # of each network, from its values at all depths
-        return [values[i:i + len(depths)] for i in range(0, len(values), len(depths))]
-
-    sizes, rows = [at_full_depth(*pair) for pair in of_each([weight_bytes(model) for model in models])], []
+    sizes = at_full_depth(torch.tensor([weight_bytes(model) for model in models], dtype=torch.float64)).tolist()
+    rows = []
     for length in args.prompt_lengths:
         prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
         static = max(args.prompt_lengths) + args.tokens + WARM_UP if args.compile else None
         steps = [decoder(model, prompt, static) for model in models]
-        *times, copies = in_turns([*steps, copy_once], args.tokens, args.device, "decoding")
-        times = [[at_full_depth(*pair) for pair in zip(*lists)] for lists in of_each(times)]
-        bandwidth = copied / quantiles(copies)[0]
-        for name, seconds, size in zip(names, times, sizes):
-            median, p10, p90 = (1e3 * value for value in quantiles(seconds))
-            ratio, low, high = ratios(seconds, times[0])
+        seconds = in_turns([*steps, lambda: target.copy_(source)], args.tokens, args.device, "decoding")
+        bandwidth, seconds = 2 * source.nbytes / seconds[-1].median().item(), at_full_depth(seconds[:-1])
+        for name, times, size in zip(networks, seconds, sizes):
+            median, p10, p90 = quantiles(1e3 * times)
+            ratio, low, high = quantiles(times / seconds[0])
             rows.append({"network": name, "prompt": length, "ms": median, "p10": p10, "p90": p90, "time": ratio,
                          "time_p10": low, "time_p90": high, "gigabytes": size / 1e9, "bytes": size / sizes[0],
                          "bandwidth": size / median * 1e3 / bandwidth, "copy_gigabytes_per_second": bandwidth / 1e9})
     show(args, f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, {args.tokens} times"
-         f"{', compiled' * args.compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s"
-         + (f"; {full} layers, extrapolated from {depths[0]} and {depths[1]}" if len(depths) == 2 else ""), rows,
-         {"network": ("", ""), "prompt": ("prompt", ""), "ms": ("ms/token", ".2f"), "p10": ("p10", ".2f"),
-          "p90": ("p90", ".2f"), "time": ("time", ".3f"), "time_p10": ("p10", ".2f"), "time_p90": ("p90", ".2f"),
-          "bytes": ("bytes", ".3f"), "gigabytes": ("GB/token", ".3f"), "bandwidth": ("of a copy's", ".0%")})
-    draw(args, (curves(rows, "network", "prompt", "ms"), {"xlabel": "tokens of the prompt", "ylabel": "ms per token"}))
+         f"{', compiled' * args.compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
+         + (f", extrapolated from {depths[0]} and {depths[-1]}" * (len(depths) > 1)), rows, "copy_gigabytes_per_second")
+    draw(args, rows, "network", "prompt", "ms")
 
 
 def throughput(args):
-    """A.6: tokens per second of `seqlen` tokens each, with batches doubled until that drops or memory runs out.
-
-    Decoded are `tokens` tokens in the middle of the sequences, where the KV cache has its average length.
-    """
-    rows = []
+    """A.6: tokens per second in the middle of sequences, with batches doubled until that drops or memory runs out."""
+    rows, best = [], {}
     for sparsity in (None, *args.sparsities):
-        model = build(args.shape, sparsity, args.layers or depth(args.shape), args.dtype, args.device)
-        best, batch = 0, 1
+        name, batch = "dense" if sparsity is None else f"block {sparsity:.0%}", 1
+        model = build(args.shape, sparsity, args.layers, args.dtype, args.device)
         while batch <= args.max_batch_size:
-            name = "dense" if sparsity is None else f"block {sparsity:.0%}"
-            rows.append({"network": name, "batch": batch, "speed": None})
             prompt = torch.randint(10, 1000, (batch, (args.seqlen - args.tokens) // 2), device=args.device)
             try:
-                times, = in_turns([decoder(model, prompt)], args.tokens, args.device, "decoding")
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
+                times = in_turns([decoder(model, prompt)], args.tokens, args.device, "decoding")
+                speed = batch / times.median().item()
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise  # the latter is how a CPU says it
+                speed = None
+            rows.append({"network": name, "batch": batch, "speed": speed})
+            if speed is None or speed < best.get(name, 0):
                 break
-            rows[-1]["speed"] = batch / quantiles(times)[0]
-            if rows[-1]["speed"] < best:
-                break
-            best, batch = rows[-1]["speed"], 2 * batch
-        del model
-    best = {name: max((y, x) for x, y in points) for name, points in curves(rows, "network", "batch", "speed").items()
-            if points}
+            best[name], batch = speed, 2 * batch
+        del model  # before the next is built
     for row in rows:
-        speed = best.get(row["network"], (None, None))[0]
-        row["note"] = "out of memory" if row["speed"] is None else "" if row["speed"] < speed else (
-            f"best: {speed / best['dense'][0]:.2f} of dense" if "dense" in best else "best")
-    show(args, f"{args.shape}, {args.dtype}, {args.device}: sequences of {args.seqlen} tokens", rows,
-         {"network": ("", ""), "batch": ("batch", ""), "speed": ("tokens/s", ".1f"), "note": ("", "")})
-    draw(args, (curves(rows, "network", "batch", "speed"),
-                {"xlabel": "batch size", "ylabel": "tokens per second", "xscale": "log", "yscale": "log"}))
-
-
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on a CPU
+        row["note"] = "out of memory" if row["speed"] is None else ""
+        if row["speed"] and row["speed"] == best[row["network"]]:
+            row["note"] = f"best: {row['speed'] / best['dense']:.2f} of dense" if "dense" in best else "best"
+    show(args, f"{args.shape}, {args.dtype}, {args.device}: sequences of {args.seqlen} tokens", rows)
+    draw(args, rows, "network", "batch", "speed", log="xy")
 
 
 @torch.no_grad()
 def ops(args):
     """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where the device has that."""
     dense, sliced = (build(args.shape, sparsity, 1, args.dtype, args.device) for sparsity in (None, args.sparsity))
-    rows, sparse, why_not = [], {}, ""
-    for batch in args.batch_sizes:
-        total = {"operation": "all", "tokens": batch, "dense": 0, "sliced": 0, "sparse": 0}
-        for stage in slicegpt.stages(dense):
-            paths = [path for block in stage.blocks for path in (*block.W_in.split(), block.W_out)]
-            for path in [*paths, stage.shortcut]:
-                works = {}
-                for name, model in (("dense", dense), ("sliced", sliced)):
-                    layer = slicegpt.layers(model)[0]
-                    if path in paths:
-                        works[name] = product(layer.get_submodule(path), batch, args)
-                    elif model is sliced:
-                        S = getattr(layer, path)
-                        x, z = (torch.randn(batch, n, dtype=args.dtype, device=args.device) for n in S.shape)
-                        works[name] = lambda x=x, z=z, S=S: torch.addmm(z, x, S)
-                if path in paths:
-                    try:
-                        linear = slicegpt.layers(dense)[0].get_submodule(path)
-                        sparse[path] = sparse.get(path) or semi_structured(linear)
-                        works["sparse"] = product(sparse[path], batch, args)
-                        works["sparse"]()
-                    except Exception as error:  # torch has many ways to say that it has no such product
-                        works.pop("sparse", None)
-                        why_not = f"2:4: torch has no such product here ({slicegpt.first_line(error)})"
-                times = dict(zip(works, in_turns(list(works.values()), args.repeat, args.device, path)))
-                medians = {name: 1e3 * quantiles(seconds)[0] for name, seconds in times.items()}
-                rows.append({"operation": path, "tokens": batch} | medians)
-                for name in ("dense", "sliced", "sparse"):
-                    total[name] = None if name == "sparse" and why_not else total[name] + medians.get(name, 0)
-        rows.append(total)
+    rows, why_not = [], ""
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=args.dtype, device=args.device)
+
+    def add(operation, tokens, works):
+        medians = quantiles(1e3 * in_turns(list(works.values()), args.repeat, args.device, operation))[0]
+        rows.append({"operation": operation, "tokens": tokens} | dict(zip(works, medians)))
+
+    for tokens in args.batch_sizes:
+        for before, after in zip(slicegpt.stages(dense), slicegpt.stages(sliced)):
+            for path in [path for block in before.blocks for path in (*block.W_in.split(), block.W_out)]:
+                linear, narrow = (stage.layer.get_submodule(path) for stage in (before, after))
+                works = {"dense": partial(linear, random(tokens, linear.in_features)),
+                         "sliced": partial(narrow, random(tokens, narrow.in_features))}
+                try:
+                    mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
+                    W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
+                    works["sparse"] = partial(nn.functional.linear, random(tokens, linear.in_features), W, linear.bias)
+                    works["sparse"]()
+                except Exception as error:  # torch has many ways to say that it has no such product
+                    works.pop("sparse", None)
+                    why_not = f"2:4: torch has no such product here ({slicegpt.first_line(error)})"
+                add(path, tokens, works)
+            S = getattr(after.layer, after.shortcut)  # (d_in, d_out)
+            z, x = random(tokens, S.shape[1]), random(tokens, S.shape[0])
+            add(after.shortcut, tokens, {"sliced": partial(torch.addmm, z, x, S)})
+        products = [row for row in rows if row["tokens"] == tokens]
+        total = {name: sum(row.get(name, 0) for row in products) for name in ("dense", "sliced", "sparse")}
+        rows.append({"operation": "all", "tokens": tokens} | total | ({"sparse": None} if why_not else {}))
     for row in rows:
+        row.setdefault("sparse")
         for name in ("sliced", "sparse"):
-            row[f"{name}_time"] = row[name] / row["dense"] if row.get(name) and row.get("dense") else None
+            row[f"{name}_time"] = row[name] / row["dense"] if row[name] and row.get("dense") else None
     show(args, f"{args.shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {args.repeat} times each, "
-         f"sliced {args.sparsity:.0%}", rows,
-         {"operation": ("", ""), "tokens": ("tokens", ""), "dense": ("dense", ".3f"), "sliced": ("sliced", ".3f"),
-          "sliced_time": ("time", ".2f"), "sparse": ("2:4", ".3f"), "sparse_time": ("time", ".2f")})
+         f"sliced {args.sparsity:.0%}", rows)
     if why_not:
         print(why_not)
 
 
-def product(linear, tokens: int, args):
-    x = torch.randn(tokens, linear.in_features, dtype=args.dtype, device=args.device)
-    return lambda: linear(x)
-
-
-def semi_structured(linear):
-    """A copy with two of every four weights zero, stored in the device's 2:4 format. Raises what torch raises."""
-    pruned = copy.deepcopy(linear)
-    mask = torch.tensor([0, 0, 1, 1], dtype=linear.weight.dtype, device=linear.weight.device)
-    pruned.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(
-        pruned.weight.detach() * mask.repeat(linear.in_features // 4)))
-    return pruned
-
-
 def cost(args):
-    """Table 3: seconds and peak memory of slicing and of RFT, beside a dense forward pass over the same tokens.
+    """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass."""
+    if args.finetune and not importlib.util.find_spec("peft"):
+        print("without RFT: this needs the package peft: pip install peft")
+        args.finetune = 0
+    rows, victim, peaks = [], None, {}
 
-    The pass is timed both with the head, which computes logits, and without it, since slicing does not need the head.
-    """
-    rows, finetuned = [], args.finetune * args.seqlen
-    try:
-        finetuned and slicegpt.optional("peft")
-    except SliceGPTError as error:
-        print(f"without RFT: {error}")
-        finetuned = 0
-    for shape in args.shapes:
-        model = build(shape, None, args.layers or depth(shape), args.dtype, args.device)
-        for samples in args.samples:
-            tokens = torch.randint(10, 1000, (samples, args.seqlen))
-            victims, peaks = [], {}  # a copy of the model, which is sliced and then fine-tuned
+    def renew():  # what is sliced and then fine-tuned
+        nonlocal victim
+        victim = copy.deepcopy(model)
 
-            def watched(name, work):
-                def watch():
-                    reset_peak_memory(args.device)
-                    work()
-                    peaks[name] = slicegpt.peak_memory(args.device)
-                return watch
+    def forward(network):
+        for batch in tokens.split(args.batch_size):
+            network(batch.to(args.device), use_cache=False)
 
-            def forward(network, **options):
-                for batch in tokens.split(args.batch_size):
-                    network(batch.to(args.device), use_cache=False, **options)
+    @torch.enable_grad()
+    def finetuning():
+        slicegpt.finetune(victim, torch.randint(10, 1000, (args.finetune, args.seqlen)))
 
-            def slicing():
-                slice_model(victims[0], tokens, args.sparsity, batch_size=args.batch_size)
+    def watched(name, work):
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+        with contextlib.suppress(OSError):  # Linux has this; elsewhere the peak is the process's, from its beginning
+            Path("/proc/self/clear_refs").write_text("5")
+        work()
+        peaks[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 2**30
 
-            @torch.enable_grad()
-            def finetuning():
-                slicegpt.finetune(victims[0], torch.randint(10, 1000, (args.finetune, args.seqlen)))
-
-            works = {"forward": lambda: forward(model), "body": lambda: forward(model.base_model),
-                     "slicing": slicing} | ({"rft": finetuning} if finetuned else {})
-            times = [[] for _ in works]
-            warm_up = 0 if rows else 1
-            for number in range(warm_up + args.repeat):
-                victims[:] = [copy.deepcopy(model)]
-                for seconds, more in zip(times, in_turns([watched(*work) for work in works.items()], 1, args.device,
-                                                         shape, warm_up=0)):
-                    seconds.extend(more if number >= warm_up else [])
-            victims.clear()
-            times = dict(zip(works, times))
-            rows.append({"shape": shape, "samples": samples, "tokens": samples * args.seqlen,
-                         "parameters": parameters(model), "sizes": sizes(model),
-                         "ratio": ratios(times["slicing"], times["forward"])[0]}
-                        | {name: quantiles(seconds)[0] for name, seconds in times.items()}
-                        | {f"{name}_peak": peak / 2**30 for name, peak in peaks.items()})
-    show(args, f"{args.dtype}, {args.device}: seconds, and GiB at the peak (two copies of the model are held), "
-         f"sparsity {args.sparsity:.0%}, {args.repeat} rounds" + f"; RFT by {finetuned} tokens" * bool(finetuned), rows,
-         {"shape": ("", ""), "parameters": ("parameters", ",d"), "tokens": ("tokens", ",d"),
-          "forward": ("dense pass", ".2f"), "body": ("without head", ".2f"), "slicing": ("slicing", ".2f"),
-          "ratio": ("ratio", ".2f"), "forward_peak": ("pass GiB", ".2f"), "slicing_peak": ("slicing GiB", ".2f")}
-         | ({"rft": ("RFT", ".2f"), "rft_peak": ("RFT GiB", ".2f")} if finetuned else {}))
-    draw(args, (curves(rows, "shape", "tokens", "slicing"),
-                {"xlabel": "calibration tokens", "ylabel": "seconds of slicing", "xscale": "log", "yscale": "log"}))
-    if len(rows) > 2:
-        extrapolate(rows, finetuned)
-
-
-def sizes(model) -> tuple[int, int, int]:
-    """What cost grows with: the layers' parameters; those and the head's; and the arithmetic of the rotations.
-
-    To rotate a weight takes D times its parameters, and an eigendecomposition some 6 D^3, in units of the former.
-    """
-    body, D = parameters(slicegpt.layers(model)), model.config.hidden_size
-    head, signals = D * model.config.vocab_size, 1 + len(slicegpt.layers(model)) * len(slicegpt.stages(model))
-    return body, body + head, D * (body + 2 * head + 6 * signals * D**2)
-
-
-def extrapolate(rows: list[dict], finetuned: int):
-    """Prints what larger networks would take on this device, by the law that fits the rows, and how well it fits.
-
-    Slicing grows with the layers' parameters times the tokens, and with what the rotations take without any token.
-    What attention computes on N^2 pairs of tokens is neglected.
-    """
-    def law(name, features):
-        A = torch.tensor([[f / row[name] for f in features(row["sizes"], row["tokens"])] for row in rows]).double()
-        weights = torch.linalg.lstsq(A, torch.ones(len(A), 1, dtype=A.dtype)).solution
-        if (weights < 0).any():  # too few rows to tell the features apart: the first alone
-            A, weights = A[:, :1], A[:, :1].mean().reciprocal().view(1, 1)
-        misfit = (A @ weights - 1).abs().max().item()
-        return lambda *arguments: (torch.tensor(features(*arguments)).double()[:len(weights)] @ weights).item(), misfit
-
-    laws = {"dense pass": law("forward", lambda size, tokens: [size[1] * tokens]),
-            "slicing": law("slicing", lambda size, tokens: [size[0] * tokens, size[2]])}
-    if finetuned:
-        laws["RFT"] = law("rft", lambda size, _: [size[1] * finetuned])
-    print(f"extrapolated to 128 x 2048 tokens{' (RFT: 1000 x 1024)' * bool(finetuned)} on this device, in hours; "
-          "not measured:")
-    for shape in ("llama-2-7b", "llama-2-70b"):
-        size = sizes(build(shape, None, depth(shape), torch.float16, "meta"))
-        hours = {name: predict(size, 128 * 2048) / 3600 for name, (predict, _) in laws.items()}
-        if finetuned:
-            hours["RFT"] *= 1000 * 1024 / finetuned
-        print(f"  {shape:12}", ", ".join(f"{name} {value:.3g}" for name, value in hours.items()))
-    print("  the law misses what was measured by at most",
-          ", ".join(f"{misfit:.0%} ({name})" for name, (_, misfit) in laws.items()))
-
-
-def reset_peak_memory(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):  # Linux has this; elsewhere the peak is the process's, from its beginning
-        Path("/proc/self/clear_refs").write_text("5")
+    works = {"forward": lambda: forward(model),
+             "body": lambda: forward(model.base_model),  # slicing does not need the head, either
+             "slicing": lambda: slice_model(victim, tokens, args.sparsity, batch_size=args.batch_size)}
+    if args.finetune:
+        works["rft"] = finetuning
+    turns = [renew, *(partial(watched, name, work) for name, work in works.items())]
+    for shape, samples in itertools.product(args.shapes, args.samples):
+        model = build(shape, None, args.layers, args.dtype, args.device)
+        tokens = torch.randint(10, 1000, (samples, args.seqlen))
+        seconds = in_turns(turns, args.repeat, args.device, shape, warm_up=0 if rows else 1)[1:]
+        row = {"shape": shape, "samples": samples, "tokens": tokens.numel(), "parameters": parameters(model)}
+        row |= dict(zip(works, quantiles(seconds)[0]))
+        rows.append(row | peaks | {"ratio": quantiles(seconds[2] / seconds[0])[0]})
+    show(args, f"{args.dtype}, {args.device}: seconds, GiB at the peak (two copies of the model are held), sparsity "
+         f"{args.sparsity:.0%}, {args.repeat} rounds, RFT by {args.finetune} sequences", rows)
+    draw(args, rows, "shape", "tokens", "slicing", log="xy")
 
 
 # ---- SparseGPT 2:4, the paper's baseline ----------------------------------------------------------------------------
 
-@torch.no_grad()
 def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
     """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
 
-    Layer by layer, each on the output of the layers that are pruned already. All matrices that read or write the signal
-    are pruned, embedding and head are not, as in the paper. calibration: tokens (samples, seqlen), int64. device: where
-    to compute, with one layer there at a time. Raises SliceGPTError if a matrix has inputs that do not come in fours.
+    Stage by stage, each on the signal of the stages that are pruned already. Embedding and head are not pruned, as in
+    the paper. calibration: tokens (samples, N), int64. device: where to compute, with one layer there at a time. Raises
+    SliceGPTError if a matrix has inputs that do not come in fours.
     """
-    device, parts, zeros = torch.device(device or model.device), slicegpt.architecture(model.config), 0
-    X = slicegpt.signals(model.eval(), calibration, batch_size, device)
-    _, calls = slicegpt.embed(model, calibration[:1])
-    for number, layer in slicegpt.visit(model, device):
-        args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, calls[number])
-        groups = [slicegpt.submodules(layer, paths)  # matrices that read the same
-                  for block in (parts.attention, parts.ffn) for paths in (block.W_in, block.W_out)]
-        H = [0] * len(groups)
+    device = torch.device(device or model.device)
 
-        def forward():
-            for x in X.split(batch_size):
-                yield x, layer(x.to(device), *args, **kwargs)
+    def prune_stage(X, stage) -> int:
+        if stage is None:
+            return 0
+        H, zeros = {}, 0
+        groups = [slicegpt.submodules(stage.layer, paths)  # the matrices of a group read the same
+                  for block in stage.blocks for paths in (block.W_in, block.W_out)]
 
-        def observe(i):
-            def hook(_, inputs):
-                H[i] = H[i] + slicegpt.covariance(inputs[0])
-            return groups[i][0].register_forward_pre_hook(hook)
+        def observe(linear, inputs):
+            H[linear] = H.get(linear, 0) + slicegpt.covariance(inputs[0])
 
-        hooks = [observe(i) for i in range(len(groups))]
-        for _ in forward():
-            pass
+        hooks = [linears[0].register_forward_pre_hook(observe) for linears in groups]
+        for x in X.split(batch_size):
+            stage(x.to(device))
         for hook in hooks:
             hook.remove()
-        for linears, hessian in zip(groups, H):
+        for linears in groups:
             W = [slicegpt.matrix(linear) for linear in linears]
-            pruned = prune(torch.cat(W, 1), hessian).split([w.shape[1] for w in W], 1)
+            pruned = prune(torch.cat(W, 1), H[linears[0]]).split([w.shape[1] for w in W], 1)
             for linear, w in zip(linears, pruned):
-                slicegpt.set_matrix(linear, w, linear.bias)
+                slicegpt.set_matrix(linear, w, None)  # the bias stays
                 zeros += w.numel() // 2
-        for x, y in forward():
-            x.copy_(y)
-    return zeros
+        return zeros
+
+    return sum(slicegpt.walk(model.eval(), calibration, prune_stage, batch_size, device))
 
 
 def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
@@ -505,69 +385,16 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
     return W
 
 
-# ---- Quality, of real models ----------------------------------------------------------------------------------------
+# ---- Real models ----------------------------------------------------------------------------------------------------
 
-METHODS = {  # as options of slicegpt.py
-    "block": [], "block, refit": ["--refit"],
-    "shared": ["--rotation", "shared"], "shared, refit": ["--rotation", "shared", "--refit"],
-    "shared, refit, tied": ["--rotation", "shared", "--refit", "--head", "tied"],
-    "shared, learned": ["--rotation", "shared", "--learn-rotation", "N"],
-    "shared, refit, learned": ["--rotation", "shared", "--refit", "--learn-refit", "N"],
-    "shared, learned twice": ["--rotation", "shared", "--learn-rotation", "N", "--learn-refit", "N"],
-    "shared, learned twice, tied": ["--rotation", "shared", "--learn-rotation", "N", "--learn-refit", "N",
-                                    "--head", "tied"],
-}  # N: as many steps as --learn says
-
-
-def compressed(model, options: list[str], sparsity: float | None, calibration: Tensor, device):
-    """(a copy of the model, sliced as slicegpt.py does it with these options, or else 2:4 sparse; how many zeros)."""
-    model = copy.deepcopy(model)
-    setting = slicegpt.parse_arguments(options + (["--sparsity", str(sparsity)] if sparsity else []))
-    if sparsity is None:
-        return model, sparsegpt(model, calibration, batch_size=setting.batch_size, device=device)
-    slicegpt.choose_size(setting, model)
-    return slicegpt.slice_as_asked(setting, model, calibration, device)[0], 0
-
-
-def quality(args, options):
-    """Perplexity, parameters, bytes and time per token of every method at every sparsity, from one run on one model."""
-    setting = slicegpt.parse_arguments(options)
-    model, tokenizer, evaluation, device = slicegpt.prepare(setting)
-    calibration = slicegpt.calibration_tokens(setting, tokenizer)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    rows, models = [], []
-
-    def add(method, sparsity, network, zeros=0):
-        kept_bits = 8 * network.dtype.itemsize + 2  # 2:4 stores, of every four, two weights, and where they were
-        rows.append({"method": method, "sparsity": sparsity, "parameters": parameters(network) - zeros,
-                     "gigabytes": (weight_bytes(network) - 2 * zeros * network.dtype.itemsize + zeros * kept_bits / 8)
-                     / 1e9, "perplexity": slicegpt.perplexity(network, evaluation)})
-        models.append(network)
-
-    add("dense", 0.0, model.to(device).eval())
-    add("SparseGPT 2:4", 0.5, *compressed(model, options, None, calibration, device))
-    for method, flags in METHODS.items():
-        if "tied" in flags and not tied or "N" in flags and not args.learn:
-            continue
-        flags = [str(args.learn) if flag == "N" else flag for flag in flags]
-        for sparsity in args.sparsities:
-            add(method, sparsity, *compressed(model, [*options, *flags], sparsity, calibration, device))
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, setting.seqlen // 2)), device=device)
-    tokens = min(50, setting.seqlen // 2 - WARM_UP)
-    seconds = in_turns([decoder(network, prompt) for network in models], tokens, device, "decoding")
-    for row, times in zip(rows, seconds):
-        row |= {"seconds": quantiles(times)[0], "time": ratios(times, seconds[0])[0],
-                "share": row["parameters"] / rows[0]["parameters"]}
-        row["ms"] = 1e3 * row["seconds"]
-    show(args, f"{setting.model}: {len(evaluation)} x {setting.seqlen} tokens of {setting.eval}, calibrated on "
-         f"{len(calibration)} x {setting.seqlen} of {setting.calibration}; one token on {device}, batch 1", rows,
-         {"method": ("", ""), "sparsity": ("sparsity", ".0%"), "parameters": ("parameters", ",d"),
-          "share": ("share", ".2f"), "gigabytes": ("GB/token", ".3f"), "perplexity": ("perplexity", ".2f"),
-          "ms": ("ms/token", ".2f"), "time": ("time", ".2f")})
-    print("2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, and the time of dense products")
-    draw(args, *((curves(rows, "method", key, "perplexity"),
-                  {"xlabel": label, "ylabel": "perplexity", "yscale": "log"})
-                 for key, label in (("parameters", "parameters"), ("time", "time per token (dense: 1)"))))
+def read_model(args, may_be_sliced: bool = False):
+    """(`slicegpt.read_inputs`, the model in eval mode). Raises SliceGPTError for a sliced one, unless it may be one."""
+    inputs = slicegpt.read_inputs(args)
+    if inputs.calibration_tokens is None and not may_be_sliced:
+        raise SliceGPTError(f"{args.model} is sliced already")
+    spread = inputs.calibration_tokens is None and args.device == "auto"
+    model, _ = slicegpt.load(args.model, inputs.dtype, "auto" if spread else "cpu")
+    return inputs, model.eval()
 
 
 PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
@@ -579,141 +406,191 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 }
 
 
-def table1(args, options):
-    """Table 1: WikiText-2 perplexity; with the paper's in brackets, where the model's name is one of the paper's."""
+def table1(args):
+    """Table 1: WikiText-2 perplexity; beside the paper's, where the model's name is one of the paper's."""
     sparsities = (0.1, 0.2, 0.25, 0.3)
     rows = [{"method": name} for name in ("dense", "SparseGPT 2:4", *(f"SliceGPT {s:.0%}" for s in sparsities))]
-    for name in args.models:
-        setting = slicegpt.parse_arguments([*options, "--model", name])
-        model, tokenizer, evaluation, device = slicegpt.prepare(setting)
-        calibration = slicegpt.calibration_tokens(setting, tokenizer)
-        label = Path(name).name
+    labels = {Path(name).name: name for name in [name or args.model for name in args.models]}
+    for label, name in labels.items():
+        inputs, model = read_model(argparse.Namespace(**vars(args) | {"model": name}))
+        tokens, where = inputs.calibration_tokens, {"batch_size": args.batch_size, "device": inputs.device}
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
         for row, sparsity, published in zip(rows, (0, None, *sparsities), paper):
-            network = model if sparsity == 0 else compressed(model, [*options, "--model", name], sparsity, calibration,
-                                                             device)[0]
-            with slicegpt.placed(network, device):
-                row[label] = slicegpt.perplexity(network, evaluation, device=device)
+            network = copy.deepcopy(model)
+            if sparsity is None:
+                sparsegpt(network, tokens, **where)
+            elif sparsity > 0:
+                slice_model(network, tokens, sparsity, round_to=args.round_to, **where)
+            with slicegpt.placed(network, inputs.device):
+                row[label] = slicegpt.perplexity(network, inputs.evaluation_tokens, device=inputs.device)
             row[f"{label} in the paper"] = published
-    labels = [Path(name).name for name in args.models]
-    shown = [row | {label: f"{row[label]:.2f}" + (f" ({row[f'{label} in the paper']})" if
-             row[f"{label} in the paper"] else "") for label in labels} for row in rows]
-    show(args, f"perplexity on {setting.eval}, sequences of {setting.seqlen} tokens, calibrated on "
-         f"{len(calibration)} of {setting.calibration}; in brackets: the paper's", shown,
-         {"method": ("", "")} | {label: (label, "") for label in labels}, rows)
-    draw(args, ({label: [(100 * s, row[label]) for s, row in zip((0, *sparsities), [rows[0], *rows[2:]])]
-                 for label in labels}, {"xlabel": "% sliced", "ylabel": "perplexity", "yscale": "log"}))
+    show(args, f"perplexity on {inputs.eval}, sequences of {inputs.seqlen} tokens, calibrated on {inputs.samples} of "
+         f"{inputs.calibration}", rows)
+    draw(args, [{"model": label, "%": 100 * s, "perplexity": row[label]} for label in labels
+                for s, row in zip((0, *sparsities), [rows[0], *rows[2:]])], "model", "%", "perplexity", log="y")
 
 
-@torch.no_grad()
-def spectrum(args, options):
+def tasks(args):
+    """Figure 5: zero-shot accuracy of a model and of its slice; or of a model that is sliced already.
+
+    By the LM Evaluation Harness; normalised by the length of the answers (acc_norm) where a task has that, as in the
+    authors' code. --limit: questions of each task, 0 for all. --tasks-path: a directory with more tasks.
+    """
+    manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=args.tasks_path or None)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    names = args.tasks.replace(",", " ").split()
+    for name in set(names) - set(manager.all_tasks):
+        near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
+        raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
+    inputs, model = read_model(args, may_be_sliced=True)
+    rows, title = [{"task": name} for name in [*names, "average"]], args.model
+
+    def measure(network: str):
+        with slicegpt.placed(model, inputs.device):
+            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
+            try:
+                results = slicegpt.optional("lm_eval").simple_evaluate(
+                    judged, tasks=names, task_manager=manager, limit=args.limit or None)["results"]
+            except (OSError, ValueError) as error:
+                raise SliceGPTError(f"cannot run the tasks {', '.join(names)}: {slicegpt.first_line(error)}") from error
+        for name, row in zip(names, rows):
+            metric = "acc_norm" if "acc_norm,none" in results[name] else "acc"
+            if f"{metric},none" not in results[name]:
+                raise SliceGPTError(f"the task {name} measures no accuracy")
+            accuracy, error = results[name][f"{metric},none"], results[name][f"{metric}_stderr,none"]
+            row |= {"metric": metric, network: accuracy, f"{network}_error": None if error == "N/A" else error}
+        rows[-1][network] = sum(row[network] for row in rows[:-1]) / len(names)
+
+    if inputs.calibration_tokens is not None:
+        measure("dense")
+        slice_model(model, inputs.calibration_tokens, args.sparsity, batch_size=args.batch_size, device=inputs.device)
+        title += f", sliced {args.sparsity:.0%} by {inputs.samples} x {inputs.seqlen} tokens of {inputs.calibration}"
+    measure("sliced")
+    show(args, f"{title}: accuracy and its standard error", rows)
+
+
+def quality(args):
+    """Perplexity, parameters, bytes and time per token of every method at every sparsity, from one run on one model."""
+    inputs, model = read_model(args)
+    calibration, where = inputs.calibration_tokens, {"batch_size": args.batch_size, "device": inputs.device}
+    fused = copy.deepcopy(model.to(inputs.device))
+    Q = slicegpt.shared_rotation(fused, calibration, **where)  # one for all sparsities
+
+    @cache
+    def rotation(sparsity, learned):
+        start = Q[:, :sliced_dimension(len(Q), sparsity, args.round_to)]
+        return slicegpt.learn_rotation(fused, calibration, start, args.learn, seed=args.seed) if learned else start
+
+    def shared(network, sparsity, learned=False, tied=False):
+        slicegpt.rotate(network, rotation(sparsity, learned))
+        if tied:
+            slicegpt.tie_head(network, calibration)
+        return slicegpt.standard(network)[0]
+
+    methods = {"block": partial(slice_model, calibration=calibration, round_to=args.round_to, **where),
+               "shared": shared, "shared, tied": partial(shared, tied=True),
+               "shared, learned": partial(shared, learned=True),
+               "shared, learned, tied": partial(shared, learned=True, tied=True)}
+    one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    sparse = copy.deepcopy(model)
+    networks = [("dense", 0.0, model, 0), ("SparseGPT 2:4", 0.5, sparse, sparsegpt(sparse, calibration, **where))]
+    for method, sliced in methods.items():
+        if ("learned" not in method or args.learn) and ("tied" not in method or one_matrix):
+            networks += [(method, s, sliced(copy.deepcopy(model), sparsity=s), 0) for s in args.sparsities]
+    prompt = torch.randint(model.config.vocab_size, (1, min(128, inputs.seqlen // 2)), device=inputs.device)
+    steps, tokens = [decoder(network, prompt) for _, _, network, _ in networks], min(50, inputs.seqlen // 2 - WARM_UP)
+    seconds, rows = in_turns(steps, tokens, inputs.device, "decoding"), []
+    for (method, sparsity, network, zeros), times in zip(networks, seconds):
+        saved = zeros * (network.dtype.itemsize - 2 / 8)  # stored with each weight that is not zero: 2 bits of where
+        row = {"method": method, "sparsity": sparsity, "parameters": parameters(network) - zeros}
+        rows.append(row | {"share": row["parameters"] / parameters(model),
+                           "gigabytes": (weight_bytes(network) - saved) / 1e9,
+                           "perplexity": slicegpt.perplexity(network, inputs.evaluation_tokens),
+                           "seconds": times.median().item(), "ms": 1e3 * times.median().item(),
+                           "time": quantiles(times / seconds[0])[0]})
+    show(args, f"{args.model}: {inputs.eval_samples} x {inputs.seqlen} tokens of {inputs.eval}, calibrated on "
+         f"{inputs.samples} x {inputs.seqlen} of {inputs.calibration}; one token on {inputs.device}, batch 1.\n"
+         "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products", rows,
+         hidden="seconds")
+    draw(args, rows, "method", "parameters time", "perplexity", log="y")
+
+
+def spectrum(args):
     """Figure 8: the eigenvalues of the FFN's inputs in each layer of the dense network, relative to the largest."""
-    setting = slicegpt.parse_arguments(options)
-    model, tokenizer, _, device = slicegpt.prepare(setting)
-    calibration = slicegpt.calibration_tokens(setting, tokenizer)
-    slicegpt.fuse(model.eval())
-    parts = slicegpt.architecture(model.config)
-    norm, lines = model.get_submodule(parts.norm), []
-    X = slicegpt.signals(model, calibration, setting.batch_size, device)
-    state = slicegpt.SimpleNamespace(X=X)
-    for _, layer, stage, others, kwargs in slicegpt.sweep(model, calibration, device, state, rewrites=False):
-        C = 0
-        for x in X.split(setting.batch_size):
-            Z = x.to(device)
-            C = C + slicegpt.covariance(norm(Z))
-            x.copy_(stage(layer, Z, None, *others, **kwargs))
-        if parts.ffn in stage.blocks:
-            lines.append(slicegpt.pca(C)[0].clamp_min(0).cpu())
-    shares = (0.9, 0.99, 0.999)
-    rows = []
-    for number, eigenvalues in enumerate(lines):
+    inputs, model = read_model(args)
+    slicegpt.fuse(model)
+    norm, ffn, shares = slicegpt.last_norm(model), slicegpt.architecture(model.config).ffn, (0.9, 0.99, 0.999)
+
+    def see(X, stage) -> dict | None:
+        if stage is None or ffn not in stage.blocks:
+            return None
+        C = slicegpt.summed_covariance(X, stage, norm, args.batch_size, inputs.device)
+        eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
         left = eigenvalues.cumsum(0) / eigenvalues.sum()
-        rows.append({"layer": str(number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()}
-                    | {f"{share:.1%}": 1 + int((left < share).sum()) for share in shares})
-    show(args, f"{setting.model}, inputs of the FFN, {len(calibration)} x {setting.seqlen} tokens of "
-         f"{setting.calibration}: of {model.config.hidden_size} dimensions, how many have that share of the variance",
-         rows, {"layer": ("layer", "")} | {f"{share:.1%}": (f"{share:.1%}", "d") for share in shares})
-    if args.plot:
-        pyplot = slicegpt.optional("matplotlib.pyplot")
-        figure, axis = pyplot.subplots(figsize=(7, 4.5))
-        for number, row in enumerate(rows):
-            axis.semilogy(row["eigenvalues"], color=pyplot.cm.viridis(number / max(1, len(rows) - 1)), linewidth=0.8)
-        axis.set(xlabel="principal component", ylabel="eigenvalue / largest", ylim=(1e-6, 1.5),
-                 title="inputs of the FFN, first layer dark, last layer bright")
-        figure.tight_layout()
-        figure.savefig(args.plot)
+        return {"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | {
+            f"{share:.1%}": 1 + int((left < share).sum()) for share in shares}
+
+    rows = [row for row in slicegpt.walk(model, inputs.calibration_tokens, see, args.batch_size, inputs.device) if row]
+    show(args, f"{args.model}, inputs of the FFN, {inputs.samples} x {inputs.seqlen} tokens of "
+         f"{inputs.calibration}: of {model.config.hidden_size} dimensions, how many have that share of the variance",
+         rows, hidden="eigenvalues")
+    points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
+              for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
+    draw(args, points, "layer", "component", "eigenvalue / largest", log="y")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-OPTIONS = {
-    "shape": {"choices": SHAPES, "default": "opt-125m"},
-    "shapes": {"choices": SHAPES, "nargs": "+", "default": ["opt-125m", "opt-350m-like", "opt-1.3b"]},
-    "sparsity": {"type": float, "default": 0.25},
-    "sparsities": {"type": float, "nargs": "+"},
-    "learn": {"type": int, "metavar": "N", "help": "also the methods that learn, by N steps (default: without)"},
-    "layers": {"type": int, "help": "build so many layers (latency: measure these and half as many, and extrapolate)"},
-    "batch_size": {"type": int},
-    "batch_sizes": {"type": int, "nargs": "+", "default": [1, 2048], "help": "tokens at a time (default: 1 2048)"},
-    "max_batch_size": {"type": int, "default": 1024},
-    "prompt_lengths": {"type": int, "nargs": "+", "default": [128, 512], "help": "default: 128 512"},
-    "tokens": {"type": int, "help": "tokens to decode"},
-    "samples": {"type": int, "nargs": "+", "default": [4, 8], "help": "sequences to slice with (default: 4 8)"},
-    "seqlen": {"type": int},
-    "repeat": {"type": int, "help": "rounds"},
-    "finetune": {"type": int, "default": 4, "help": "sequences of RFT (default: 4; 0: none)"},
-    "compile": {"action": "store_true", "help": "torch.compile and a static KV cache, for all networks"},
-    "device": {"type": torch.device, "default": "cuda" if torch.cuda.is_available() else "cpu"},
-    "dtype": {"choices": ["float64", "float32", "float16", "bfloat16"],
-              "help": "default: float32 on a CPU, else float16"},
-    "models": {"nargs": "+", "default": ["facebook/opt-125m"], "help": "default: facebook/opt-125m"},
-    "json": {"type": Path, "metavar": "FILE", "help": "write the figures here"},
-    "plot": {"type": Path, "metavar": "FILE.png", "help": "draw them here (needs matplotlib)"},
+SPEED = {  # the commands, and their options with their defaults
+    latency: {"shape": "opt-125m", "sparsity": 0.25, "layers": 0, "batch_size": 1, "prompt_lengths": [128, 512],
+              "tokens": 50, "compile": False},
+    throughput: {"shape": "opt-125m", "sparsities": [0.25, 0.5], "layers": 0, "max_batch_size": 1024, "seqlen": 128,
+                 "tokens": 16},
+    ops: {"shape": "opt-125m", "sparsity": 0.25, "batch_sizes": [1, 2048], "repeat": 50},
+    cost: {"shapes": ["opt-125m", "opt-350m-like", "opt-1.3b"], "sparsity": 0.25, "layers": 0, "batch_size": 8,
+           "samples": [4, 8], "seqlen": 512, "finetune": 4, "repeat": 1},
 }
-COMMANDS = {  # the function, its options, those of their defaults that are its own
-    "latency": (latency, "shape sparsity layers batch_size prompt_lengths tokens compile device dtype json plot",
-                {"batch_size": 1, "tokens": 50}),
-    "throughput": (throughput, "shape sparsities layers max_batch_size seqlen tokens device dtype json plot",
-                   {"sparsities": [0.25, 0.5], "seqlen": 128, "tokens": 16}),
-    "ops": (ops, "shape sparsity batch_sizes repeat device dtype json", {"repeat": 50}),
-    "cost": (cost, "shapes sparsity layers batch_size samples seqlen finetune repeat device dtype json plot",
-             {"batch_size": 8, "seqlen": 512, "repeat": 1}),
-    "table1": (table1, "models json plot", {}),
-    "quality": (quality, "sparsities learn json plot", {"sparsities": [0.1, 0.2, 0.3]}),
-    "spectrum": (spectrum, "json plot", {}),
+REAL = {  # likewise; these take slicegpt.py's options for a model, too
+    table1: {"models": [""], "round_to": 8},
+    tasks: {"tasks": "piqa,winogrande,hellaswag,arc_easy,arc_challenge", "sparsity": 0.25, "limit": 0,
+            "tasks_path": ""},
+    quality: {"sparsities": [0.1, 0.2, 0.3], "round_to": 8, "learn": 0},
+    spectrum: {},
 }
 
 
 def main(argv=None) -> int:
     """The exit code: 0, or 2 after one line on standard error for what the user can mend."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    command = argv.pop(0) if argv and not argv[0].startswith("-") else "latency"
-    if command not in COMMANDS:
-        print(f"bench: there is no command {command}, only {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    work, names, defaults = COMMANDS[command]
-    real = command in ("table1", "quality", "spectrum")
-    parser = argparse.ArgumentParser(
-        f"bench.py {command}", description=work.__doc__.splitlines()[0], allow_abbrev=False,
-        epilog="All other options are slicegpt.py's." if real else None)
-    for name in names.split():
-        settings = OPTIONS[name] | ({"default": defaults[name]} if name in defaults else {})
-        parser.add_argument("--" + name.replace("_", "-"), **settings)
-    args, options = parser.parse_known_args(argv)
-    if options and not real:
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    parser = argparse.ArgumentParser("bench.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
+    for work, options in (SPEED | REAL).items():
+        command = commands.add_parser(work.__name__, description=work.__doc__, allow_abbrev=False)
+        command.set_defaults(work=work)
+        add = command.add_argument
+        if work in REAL:
+            slicegpt.add_inputs(add)
+        else:
+            add("--device", help="default: cuda if there is one, else cpu")
+            add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
+        for name, default in options.items():  # whose type is the option's
+            several = isinstance(default, list)
+            kind = {"action": "store_true"} if default is False else {
+                "type": type(default[0] if several else default), "nargs": "+" if several else None,
+                "choices": SHAPES if "shape" in name else None}
+            add("--" + name.replace("_", "-"), default=default, help=f"default: {default}", **kind)
+        add("--json", type=Path, metavar="FILE", help="write the figures here")
+        if work not in (ops, tasks):
+            add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
+    args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
     torch.manual_seed(0)
     try:
         if getattr(args, "plot", None):
             slicegpt.optional("matplotlib").use("Agg")
-        if real:
-            work(args, options)
-        else:
+        if args.work in SPEED:
+            args.device = slicegpt.find_device(args.device)
             args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
-            work(args)
+        args.work(args)
     except SliceGPTError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
