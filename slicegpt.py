@@ -88,8 +88,8 @@ class Block:
     W_out: str
     attention: bool = False
 
-    def __call__(self, layer, X, *args, **kwargs) -> Tensor:
-        Z = layer.get_submodule(self.norm)(X)
+    def __call__(self, layer, normalised, *args, **kwargs) -> Tensor:
+        Z = normalised
         for module in submodules(layer, self.modules):
             Z = module(Z, *args, **kwargs)[0] if self.attention else module(Z)
         return Z
@@ -111,7 +111,9 @@ class Stage:
 
     def __call__(self, X, *args, **kwargs) -> Tensor:
         """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
-        Z = [block(self.layer, X, *self.args, *args, **self.kwargs, **kwargs) for block in self.blocks]
+        normalised = {norm: self.layer.get_submodule(norm)(X) for norm in {block.norm for block in self.blocks}}
+        Z = [block(self.layer, normalised[block.norm], *self.args, *args, **self.kwargs, **kwargs)
+             for block in self.blocks]
         return sum(Z[1:], Z[0])
 
     @property
@@ -131,7 +133,7 @@ class SlicedLayer:
     """
 
     def forward(self, X, *args, **kwargs):
-        for stage in self.stages:
+        for stage in (Stage(self, *of_stage) for of_stage in self.stages):
             X = X @ getattr(self, stage.shortcut) + stage(X, *args, **kwargs)  # Algorithm 1, line 5
         return X
 
@@ -188,7 +190,7 @@ def rotate_shortcut(stage: Stage, Q_in: Tensor, Q_out: Tensor):
     else:
         if not hasattr(layer, "stages"):
             layer.__class__, layer.stages = mixed(SlicedLayer, type(layer)), []
-        layer.stages.append(stage)
+        layer.stages.append((stage.number, stage.blocks, stage.shortcut))
     setattr(layer, stage.shortcut, nn.Parameter(stored(Q_in.T @ S, like=stage.writers[0].weight)))
 
 
@@ -269,11 +271,11 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
         """Q (D, d) of the signal X (samples, N, D), which becomes X Q Q^T."""
         eigenvalues, Q = pca(summed_covariance(X, stage, observe, batch_size, device))  # Eq. 8
         width = d if discard_variance is None else dimension_by_variance(eigenvalues, discard_variance, round_to)
-        Q = agreed(Q)[:, :D if stage is None and head == "full" else width]
+        Q = agreed(Q)[:, :D if stage is None and head == "full" else width].contiguous()
         QQ = (Q @ Q.T).to(X.dtype)  # (D, D)
         for x in X.split(batch_size):
             x.copy_(x.to(device) @ QQ)  # Eq. 9
-        return Q
+        return Q.cpu()
 
     rotate(model, list(walk(model, calibration, cut, batch_size, device)), device)
     return model
@@ -330,7 +332,9 @@ def layers_do(forward, model):
         yield
     finally:
         for layer, hooked in before:
-            vars(layer).pop("forward") if hooked is None else setattr(layer, "forward", hooked)
+            del layer.forward
+            if hooked is not None:
+                layer.forward = hooked
 
 
 @contextlib.contextmanager
@@ -761,14 +765,12 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
         count = total(torch.tensor(mine.numel(), device=mine.device))
         return F.kl_div(found, expected, log_target=True, reduction="sum") / count
 
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.requires_grad_(False)
         descend([M], batches, divergence, learning_rate or 0.07 / math.sqrt(len(Q)),
                 "learning to predict as the dense network does")
     finally:
-        for parameter, requires_grad in frozen.items():
-            parameter.requires_grad = requires_grad
+        model.requires_grad_(True)
     return torch.linalg.qr(start.double() + M.detach().double()).Q
 
 
@@ -1312,29 +1314,32 @@ def prepare(args) -> argparse.Namespace:
     Raises SliceGPTError for options that cannot go together, and for files that cannot be written.
     """
     shared, by_variance = args.rotation == "shared" or bool(args.learn), args.discard_variance is not None
-    if shared and (args.head == "full" or by_variance or args.signal == "output"):
-        raise SliceGPTError("one rotation has one dimension throughout, from the dense network: it goes with neither "
-                            "--head full, --discard-variance nor --signal output")
-    if args.stream and (not args.save or args.learn or dist.is_initialized()):
-        raise SliceGPTError("--stream needs --save, and goes with neither --learn nor torchrun")
-    if args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")):
-        raise SliceGPTError("--stream needs .safetensors files, which can be mapped into memory")
-    if args.save:
-        check_free(args.save)
-    if args.report and not args.report.parent.is_dir():
-        raise SliceGPTError(f"cannot write {args.report}: there is no directory {args.report.parent}")
     if args.finetune:
         optional("peft")
+    if args.save:
+        check_free(args.save)
     it = read_inputs(args)
-    it.rotation, D = "shared" if shared else "block", it.config.hidden_size
-    if it.calibration_tokens is None and (args.sparsity is not None or args.params is not None or by_variance):
-        raise SliceGPTError(f"{args.model} is sliced already; leave out the size to measure it as it is")
-    if it.calibration_tokens is not None:
-        if args.device == "auto":
-            raise SliceGPTError("--device auto is for a model that is sliced already")
-        if args.head == "tied" and not it.config.tie_word_embeddings:
-            raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
-        as_llama = shared and hasattr(it.config, "rms_norm_eps")
+    dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
+    for wrong, message in (
+        (shared and (args.head == "full" or by_variance or args.signal == "output"),
+         "one rotation has one dimension throughout, from the dense network: it goes with neither --head full, "
+         "--discard-variance nor --signal output"),
+        (args.stream and (not args.save or args.learn or dist.is_initialized()),
+         "--stream needs --save, and goes with neither --learn nor torchrun"),
+        (args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")),
+         "--stream needs .safetensors files, which can be mapped into memory"),
+        (args.report and not args.report.parent.is_dir(),
+         f"cannot write {args.report}: there is no directory {args.report and args.report.parent}"),
+        (dense and args.device == "auto", "--device auto is for a model that is sliced already"),
+        (dense and args.head == "tied" and not it.config.tie_word_embeddings,
+         "--head tied is for models whose head and embedding are one matrix"),
+        (not dense and (args.sparsity is not None or args.params is not None or by_variance),
+         f"{args.model} is sliced already; leave out the size to measure it as it is"),
+    ):
+        if wrong:
+            raise SliceGPTError(message)
+    if dense:
+        as_llama, D = shared and hasattr(it.config, "rms_norm_eps"), it.config.hidden_size
         it.round_to = args.round_to or (it.config.num_attention_heads if as_llama else 8)
         if args.params is None:
             it.d = sliced_dimension(D, 0.25 if args.sparsity is None else args.sparsity, it.round_to)
