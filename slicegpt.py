@@ -26,6 +26,7 @@ import bisect
 import contextlib
 import copy
 import ctypes
+import hashlib
 import importlib
 import json
 import logging
@@ -90,7 +91,7 @@ class Block:
 
     def __call__(self, layer, normalised, *args, **kwargs) -> Tensor:
         Z = normalised
-        for module in submodules(layer, self.modules):
+        for module in submodules(layer, self.modules):  # an attention takes by position what its layer does
             Z = module(Z, *args, **kwargs)[0] if self.attention else module(Z)
         return Z
 
@@ -145,7 +146,7 @@ def rotate(model, Q: Tensor | list[Tensor], device=None):
     """Theorem 1 and Figure 4: rotates the signal, in place; for orthogonal Q the network computes what it did.
 
     Q: one (D, D) matrix for the whole network (Theorem 1), or a list, one for the embedding and one for the signal
-    after every stage: 2L+1 for sequential, L+1 for parallel layers (Figure 4, with shortcuts). A Q of fewer columns
+    after every stage: 2L+1 of L sequential, L+1 of L parallel layers (Figure 4, with shortcuts). A Q of fewer columns
     slices (Eq. 9). Fuses the model first if need be. device: where to compute, by default where the model is.
     Arithmetic is in float64. Raises SliceGPTError for a wrong number or shape, before anything is rotated.
     """
@@ -158,8 +159,8 @@ def rotate(model, Q: Tensor | list[Tensor], device=None):
     Q_in = Qs[0].to(device or model.device, torch.float64)
     for embedding in embeddings(model):
         rotate_writer(embedding, Q_in)
-    for stage, Q in zip(stages(model), Qs[1:]):
-        Q_out = Q.to(Q_in)
+    for stage, Q_next in zip(stages(model), Qs[1:]):
+        Q_out = Q_next.to(Q_in)
         for linear in stage.readers:
             rotate_reader(linear, Q_in)
         for linear in stage.writers:
@@ -251,9 +252,9 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
                 round_to: int = 8, signal: str = "input", head: str = "sliced", batch_size: int = 8, device=None):
     """Sections 3.3 and 3.4: slices a model in place and returns it. Fuses it if need be, and sets it to eval mode.
 
-    A fused network computes on X Q Q^T, in the old basis, what the sliced one will compute on X Q in the new. So the
-    signal walks through the fused network, and in front of every block it is cut down to its principal components:
-    these are the Qs. Only then are the weights rotated by them.
+    The paper looks for each Q behind blocks that are sliced already. A fused network computes on X Q Q^T, in the old
+    basis, what the sliced one will compute on X Q in the new. So the signal walks through the fused network, and in
+    front of every block it is cut down to its principal components: these are the Qs. Then the weights are rotated.
 
     calibration: tokens (samples, N), int64. sparsity: the share of the D dimensions to delete, see `sliced_dimension`;
     or discard_variance: the share of each signal's variance, see `dimension_by_variance`. signal: the side of the
@@ -269,9 +270,9 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
 
     def cut(X: Tensor, stage: Stage | None) -> Tensor:
         """Q (D, d) of the signal X (samples, N, D), which becomes X Q Q^T."""
-        eigenvalues, Q = pca(summed_covariance(X, stage, observe, batch_size, device))  # Eq. 8
+        eigenvalues, Q = map(agreed, pca(summed_covariance(X, stage, observe, batch_size, device)))  # Eq. 8
         width = d if discard_variance is None else dimension_by_variance(eigenvalues, discard_variance, round_to)
-        Q = agreed(Q)[:, :D if stage is None and head == "full" else width].contiguous()
+        Q = Q[:, :D if stage is None and head == "full" else width].contiguous()
         QQ = (Q @ Q.T).to(X.dtype)  # (D, D)
         for x in X.split(batch_size):
             x.copy_(x.to(device) @ QQ)  # Eq. 9
@@ -285,9 +286,8 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
 def walk(model, calibration: Tensor, see, batch_size: int, device: torch.device):
     """Algorithm 1 for the calibration tokens (samples, N), layer by layer: yields see(X, stage) of every signal X.
 
-    X (samples, N, D) is the signal in front of `stage`, or, where that is None, of the head: 2L+1 signals, or L+1 of a
-    network of parallel layers. What `see` writes into X is what the stage then reads. X waits in the CPU's memory, and
-    one layer at a time is on the device.
+    X (samples, N, D) is the signal in front of `stage`, or, where that is None, of the head. `see` may write into X:
+    the stage then reads that. X waits in the CPU's memory, and one layer at a time is on the device.
     """
     calibration, todo = share(calibration), [*stages(model), None]
     X = allocate((*calibration.shape, model.config.hidden_size), model.dtype, pinned=device.type == "cuda")
@@ -296,14 +296,13 @@ def walk(model, calibration: Tensor, see, batch_size: int, device: torch.device)
     _, calls = embed(model, calibration[:1])  # masks and the like: the same for all sequences
     found = resumed(X)  # what a process found that died here; in memory there is none
     yield from found
-    for i in progress(range(len(found), len(todo)), "signals", unit="signal", initial=len(found), total=len(todo)):
-        if i > 0:
-            with visiting(todo[i - 1], calls, device) as stage:
-                for x in X.split(batch_size):
-                    y = x.to(device, non_blocking=True)
-                    x.copy_(y + stage(y))  # lines 4 and 5
+    for i in progress(range(max(0, len(found) - 1), len(todo)), "signals", unit="signal"):
         with visiting(todo[i], calls, device) as stage:
-            yield recorded(i, X, see(X, stage))
+            if i >= len(found):
+                yield recorded(i, X, see(X, stage))
+            for x in X.split(batch_size) if stage else ():
+                y = x.to(device, non_blocking=True)
+                x.copy_(y + stage(y))  # Algorithm 1, lines 4 and 5
 
 
 def embed(model, tokens: Tensor) -> tuple[Tensor, list]:
@@ -347,9 +346,11 @@ def visiting(stage: Stage | None, calls: list, device):
     home = {weight: weight.data for weight in stage.layer.parameters()}
     stage.layer.to(device)
     there = {weight: weight.data_ptr() for weight in home}
-    yield replace(stage, args=args, kwargs=kwargs)
-    for weight, data in home.items():  # what was not changed there gets back its old memory, which may be a file's
-        weight.data = data if weight.data_ptr() == there[weight] else weight.data.to(data.device)
+    try:
+        yield replace(stage, args=args, kwargs=kwargs)
+    finally:
+        for weight, data in home.items():  # what was not changed there gets back its old memory, which may be a file's
+            weight.data = data if weight.data_ptr() == there[weight] else weight.data.to(data.device)
 
 
 def covariance(X: Tensor) -> Tensor:
@@ -401,11 +402,15 @@ def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int =
     return min(len(eigenvalues), math.ceil(needed / round_to) * round_to)
 
 
+def check_length(config, seqlen: int):
+    if seqlen > positions(config):
+        raise SliceGPTError(f"sequences of {seqlen} tokens are longer than the model's {positions(config)} positions")
+
+
 def check_sliceable(config, seqlen: int, one_width: bool = True):
     """Raises SliceGPTError if such a model, with such sequences, cannot be sliced, to one width throughout or not."""
-    shape, longest = getattr(config, "slicegpt", None), getattr(config, "max_position_embeddings", None) or seqlen
-    if seqlen > longest:
-        raise SliceGPTError(f"sequences of {seqlen} tokens are longer than the model's {longest} positions")
+    check_length(config, seqlen)
+    shape = getattr(config, "slicegpt", None)
     if shape and (shape["shortcuts"] or min(shape["dimensions"]) < config.hidden_size):
         raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
     if architecture(config).one_width and not one_width:
@@ -413,7 +418,7 @@ def check_sliceable(config, seqlen: int, one_width: bool = True):
                             "full head nor dimensions chosen by variance")
 
 
-# ---- Where an architecture keeps its parts: all that this file knows about any of them ------------------------------
+# ---- Where an architecture keeps its parts --------------------------------------------------------------------------
 
 class SliceGPTError(ValueError):
     """What a user can mend, said in one line."""
@@ -501,6 +506,11 @@ def stages(model) -> list[Stage]:
     """All stages of all layers, in the order in which the signal meets them."""
     return [Stage(layer, number, *of_stage) for number, layer in enumerate(layers(model))
             for of_stage in blocks_and_shortcuts(model.config)]
+
+
+def positions(config) -> float:
+    """The longest sequence that a model can take, in tokens."""
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def layers(model) -> nn.ModuleList:
@@ -697,12 +707,9 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
             model.activation_checkpointing_enable({"use_reentrant": False})
         try:
             train(adapted, batches, learning_rate, "recovery fine-tuning")
-        except SliceGPTError:
-            adapted.unload()
-            raise
-        else:
             adapted.merge_and_unload()
         finally:
+            adapted.unload()  # after an error; what has been merged is no adapter any more
             model.activation_checkpointing_disable()
             model.eval().requires_grad_(True)
 
@@ -740,8 +747,8 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
 
     Theorem 1 leaves Q free, so it may be chosen by what the sliced network says instead of by variance: by descent on
     the Kullback-Leibler divergence, in nats per token, of its next-token distributions from the dense network's, on
-    sequences of up to 256 calibration tokens, random ones under the seed, `batch_size` in a step. What moves is M
-    (D, d), at first 0; Q is the orthogonal factor (QR) of Q + M. learning_rate: by default proportional to the entries
+    sequences of up to 256 calibration tokens, random ones under the seed, `batch_size` in a step. What moves is V
+    (D, d), at first 0; Q is the orthogonal factor (QR) of Q + V. learning_rate: by default proportional to the entries
     of a Q. No weight is changed, see `projected`. Fuses the model, and sets it to eval mode. Memory: the signals
     between the layers; within them, one layer's at a time. Raises SliceGPTError for a divergence that is not finite.
     """
@@ -752,14 +759,14 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     generator = torch.Generator().manual_seed(seed)
     batches = [pieces[torch.randint(len(pieces), (batch_size,), generator=generator)] for _ in range(steps)]
     start = agreed(Q).to(model.device)
-    M = torch.zeros_like(start, dtype=torch.promote_types(model.dtype, torch.float32), requires_grad=True)
-    M.register_hook(total)
+    V = torch.zeros_like(start, dtype=torch.promote_types(model.dtype, torch.float32), requires_grad=True)
+    V.register_hook(total)
 
     def divergence(batch):
         mine = share(batch).to(model.device)
         with torch.no_grad():
             expected = model(mine, use_cache=False).logits
-        with projected(model, torch.linalg.qr(start.to(M) + M).Q):
+        with projected(model, torch.linalg.qr(start.to(V) + V).Q.to(model.dtype)):
             found = model(mine, use_cache=False).logits
         expected, found = (at_least_float32(logits.flatten(0, 1)).log_softmax(-1) for logits in (expected, found))
         count = total(torch.tensor(mine.numel(), device=mine.device))
@@ -767,11 +774,11 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
 
     try:
         model.requires_grad_(False)
-        descend([M], batches, divergence, learning_rate or 0.07 / math.sqrt(len(Q)),
+        descend([V], batches, divergence, learning_rate or 0.07 / math.sqrt(len(Q)),
                 "learning to predict as the dense network does")
     finally:
         model.requires_grad_(True)
-    return torch.linalg.qr(start.double() + M.detach().double()).Q
+    return torch.linalg.qr(start.double() + V.detach().double()).Q
 
 
 @contextlib.contextmanager
@@ -849,9 +856,8 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         stock = base._from_config(config, dtype=model.dtype)
     scale, weights = math.sqrt(model.config.hidden_size / config.hidden_size), model.state_dict()
     ones = torch.ones(config.hidden_size, dtype=model.dtype, device=model.device)
-    for norm in [parts.norm] + [f"{parts.layers}.{stage.number}.{block.norm}"
-                                for stage in stages(model) for block in stage.blocks]:
-        weights[f"{norm}.weight"] = ones * (scale - parts.norm_offset)
+    for name in stock.state_dict().keys() - weights.keys():  # our norms have no scale
+        weights[name] = ones * (scale - parts.norm_offset)
     if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in stock.state_dict().items()}:
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
@@ -879,12 +885,14 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
     The networks are built on the meta device, so all of them is counted and nothing is computed. Raises SliceGPTError,
     with what can be had, if there is none.
     """
-    @cache
+    with torch.device("meta"):
+        dense = parameters(AutoModelForCausalLM.from_config(config))
+
     def share_of(d) -> float:
+        sliced = copy.deepcopy(config)
+        sliced.slicegpt = sliced_shape(config, d, rotation, head)
         with torch.device("meta"):
-            sliced, dense = copy.deepcopy(config), AutoModelForCausalLM.from_config(config)
-            sliced.slicegpt = sliced_shape(config, d, rotation, head)
-            return parameters(standard(SlicedForCausalLM._from_config(sliced))[0]) / parameters(dense)
+            return parameters(standard(SlicedForCausalLM._from_config(sliced))[0]) / dense
 
     multiples = range(round_to, config.hidden_size + 1, round_to)
     fitting = bisect.bisect_right(multiples, params, key=share_of)
@@ -946,8 +954,8 @@ def larger_than_memory(work: Path, options: dict):
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         if not begun.exists():
-            with complete(begun) as unfinished:
-                unfinished.write_text(json.dumps(options))
+            (work / "unfinished").write_text(json.dumps(options))
+            (work / "unfinished").replace(begun)
     other = [name for name, value in json.loads(begun.read_text()).items() if options.get(name) != value]
     if other:
         raise SliceGPTError(f"{work} was begun with other options ({', '.join(other)}); remove it to begin anew")
@@ -984,8 +992,9 @@ def recorded(i: int, X: Tensor, found: Tensor) -> Tensor:
         return found
     with disk_errors(work):
         for name, content in (f"{i}.pt", found), ("signal.pt", {"found": i + 1, "X": X}):  # the latter counts
-            with complete(work / name) as unfinished, open(unfinished, "wb") as file:
+            with open(work / "unfinished", "wb") as file:  # a process that is killed here leaves no half of a file
                 torch.save(content, file)
+            (work / "unfinished").replace(work / name)
     return torch.load(work / f"{i}.pt", mmap=True)
 
 
@@ -997,14 +1006,6 @@ def resumed(X: Tensor) -> list[Tensor]:
     kept = torch.load(work / "signal.pt", mmap=True)
     X.copy_(kept["X"])
     return [torch.load(work / f"{i}.pt", mmap=True) for i in range(kept["found"])]
-
-
-@contextlib.contextmanager
-def complete(path: Path):
-    """The path of a file to write, which gets its name `path` only when it is complete."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    yield unfinished
-    unfinished.replace(path)
 
 
 @contextlib.contextmanager
@@ -1079,7 +1080,10 @@ def blank(mixin: type, base: type):
 
 def become_sliced(model):
     """Gives a dense model, in place, class and config of a sliced one that has all dimensions, and untied weights."""
-    lm_head, config = model.get_output_embeddings(), model.config
+    lm_head, shared, config = model.get_output_embeddings(), model.config, copy.deepcopy(model.config)
+    for module in model.modules():  # other models may have been made from the same config
+        if getattr(module, "config", None) is shared:
+            module.config = config
     lm_head.weight = nn.Parameter(lm_head.weight.detach())
     config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
@@ -1157,9 +1161,10 @@ def save(model, tokenizer, path):
     """
     path = Path(path)
     check_free(path)
-    unfinished = (WORK.get() or path.parent) / f".{path.name}.{os.getpid()}"
+    unfinished = WORK.get() / "result" if WORK.get() else path.with_name(f".{path.name}.{os.getpid()}")
     with disk_errors(path):
         try:
+            shutil.rmtree(unfinished, ignore_errors=True)  # a process died while it wrote
             path.parent.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(unfinished, max_shard_size="5GB")
             tokenizer.save_pretrained(unfinished)
@@ -1226,19 +1231,17 @@ def number(kind, least, below=math.inf):
 
 def add_inputs(add):
     """The options that say what is sliced, by which text, and where; bench.py has them too."""
-    add("--model", default="demo", help="hub id, directory, .gguf file, or demo (the default): trained on the spot")
-    add("--calibration", metavar="TEXT", help="wikitext2 (the default), alpaca, pydoc (Python's language reference; for "
-        "demo the default), a UTF-8 text, or a .json, .jsonl or .parquet file with a column `text`")
+    text = "wikitext2 (default), alpaca, pydoc (demo's default), a text file, or .json, .jsonl, .parquet with a `text`"
+    add("--model", default="demo", help="hub id, directory, .gguf file, or demo: trained on the spot (default)")
+    add("--calibration", metavar="TEXT", help=text)
     add("--eval", metavar="TEXT", help="what perplexity is measured on; as --calibration")
     add("--samples", type=number(int, 1), default=128, help="calibration sequences (default: 128)")
     add("--eval-samples", type=number(int, 1), help="evaluation sequences (default: all of the text)")
     add("--seqlen", type=number(int, 2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
     add("--batch-size", type=number(int, 1), default=8, help="calibration sequences at a time (default: 8)")
     add("--seed", type=int, default=0, help="chooses the calibration sequences (default: 0)")
-    add("--dtype", choices=["float64", "float32", "float16", "bfloat16"],
-        help="default: float32 on a CPU, elsewhere the checkpoint's own")
-    add("--device", help="default: cuda if there is one, else cpu; what does not fit there visits it layer by layer. "
-        "auto spreads a sliced model over all devices, memory and disk, to measure it")
+    add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="default: float32 on a CPU, else stored")
+    add("--device", help="default: cuda, if there is one; auto spreads a sliced model over all there is, to measure it")
 
 
 def parse_arguments(argv):
@@ -1246,25 +1249,22 @@ def parse_arguments(argv):
                                      "and measure what that does.")
     add, size = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add_inputs(add)
-    size("--sparsity", type=number(float, 0, 1), help="share of the embedding dimension to delete (default: 0.25)")
-    size("--params", type=number(float, 0), help="instead: the largest dimension whose model has at most this share of "
-         "the dense model's parameters, all counted")
-    size("--discard-variance", type=number(float, 0, 1), help="instead: for each block as many dimensions as it takes "
-         "to discard at most this share of its signal's variance")
-    add("--round-to", type=number(int, 1), help="make the dimension a multiple of this (default: 8; with one rotation, "
-        "of a model with RMSNorm, its number of heads, as a standard Llama's hidden size must be)")
+    size("--sparsity", type=number(float, 0, 1), help="share of the dimensions to delete (default: 0.25)")
+    size("--params", type=number(float, 0), help="instead: at most this share of all parameters is left")
+    size("--discard-variance", type=number(float, 0, 1), help="instead: at most this share of each signal's is lost")
+    add("--round-to", type=number(int, 1), help="the dimension is a multiple of this (default: 8; for a standard "
+        "checkpoint of a model with RMSNorm, the number of its heads)")
     add("--signal", "--pca", choices=["input", "output"], default="input", help="principal components of the "
-        "RMSNorm's input (default), as in the authors' code, or of its output, as in the paper's text")
+        "RMSNorm's input, as in the authors' code (default), or of its output, as in the paper's text")
     add("--head", choices=["sliced", "full", "tied"], default="sliced", help="slice the head too (default), give it "
         "all dimensions, or keep it one matrix with the embedding, if it was")
-    add("--rotation", choices=["block", "shared"], default="block", help="one for each block, as in the paper "
-        "(default), or one for all, without shortcuts")
+    add("--rotation", choices=["block", "shared"], default="block", help="one for each block (default), or one for all")
     add("--learn", type=number(int, 1), metavar="N", help="turn the one rotation for all by N steps of descent on how "
         "far the predictions are from the dense model's (implies --rotation shared)")
     add("--finetune", type=number(int, 1), nargs="?", const=1000, metavar="N", help="then recover by LoRA on N "
         "sequences of the calibration text (default: 1000)")
-    add("--stream", action="store_true", help="for a model larger than memory: weights and signals stay in files, next "
-        "to --save; begun again after it was killed, it goes on")
+    add("--stream", action="store_true", help="larger than memory: weights and signals stay in files next to --save; "
+        "begun again after it was killed, it goes on")
     add("--prompt", default="If the", help="text for the models to continue (default: If the)")
     add("--save", metavar="DIR", type=Path, help="write the sliced model here")
     add("--report", metavar="FILE.json", type=Path, help="write the figures here")
@@ -1297,10 +1297,10 @@ def read_inputs(args) -> argparse.Namespace:
     it.calibration, it.eval = args.calibration or text, args.eval or text
     it.dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if it.device.type == "cpu" else "auto"
     it.config, it.tokenizer, *_ = describe(args.model)
-    it.seqlen = args.seqlen or min(2048, getattr(it.config, "max_position_embeddings", None) or 2048)
+    it.seqlen = args.seqlen or min(2048, positions(it.config))
+    check_length(it.config, it.seqlen)
     it.calibration_tokens = None
     if not hasattr(it.config, "slicegpt"):
-        check_sliceable(it.config, it.seqlen)
         it.calibration_tokens = tokenize(it.tokenizer, read_text(it.calibration, False), it.seqlen, it.samples, it.seed)
         it.samples = len(it.calibration_tokens)
     it.evaluation_tokens = tokenize(it.tokenizer, read_text(it.eval, True), it.seqlen, it.eval_samples)
@@ -1309,9 +1309,8 @@ def read_inputs(args) -> argparse.Namespace:
 
 
 def prepare(args) -> argparse.Namespace:
-    """`read_inputs`, and what else follows from the options: the dimension d, and the tokens to fine-tune with.
-
-    Raises SliceGPTError for options that cannot go together, and for files that cannot be written.
+    """`read_inputs`, and what else follows from the options: the dimension d, tokens to fine-tune with, the work of
+    a stream, and the options that decide on its result. Raises SliceGPTError for options that cannot go together.
     """
     shared, by_variance = args.rotation == "shared" or bool(args.learn), args.discard_variance is not None
     if args.finetune:
@@ -1333,12 +1332,14 @@ def prepare(args) -> argparse.Namespace:
         (dense and args.device == "auto", "--device auto is for a model that is sliced already"),
         (dense and args.head == "tied" and not it.config.tie_word_embeddings,
          "--head tied is for models whose head and embedding are one matrix"),
-        (not dense and (args.sparsity is not None or args.params is not None or by_variance),
-         f"{args.model} is sliced already; leave out the size to measure it as it is"),
+        (not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to) != (None, None, None) or
+                        (args.head, args.signal) != ("sliced", "input")),
+         f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"),
     ):
         if wrong:
             raise SliceGPTError(message)
     if dense:
+        check_sliceable(it.config, it.seqlen, one_width=args.head != "full" and not by_variance)
         as_llama, D = shared and hasattr(it.config, "rms_norm_eps"), it.config.hidden_size
         it.round_to = args.round_to or (it.config.num_attention_heads if as_llama else 8)
         if args.params is None:
@@ -1346,60 +1347,57 @@ def prepare(args) -> argparse.Namespace:
         else:
             it.d = dimension_for(it.config, args.params, it.round_to, it.rotation, args.head)
         it.sparsity = None if by_variance else 1 - it.d / D
+    if args.stream:
+        it.work = args.save.absolute().with_name(f".{args.save.name}.unfinished")
+        it.deciding = {name: str(getattr(it, name, None)) for name in (
+            "model", "samples", "seqlen", "batch_size", "seed", "dtype", "device", "rotation", "d",
+            "discard_variance", "round_to", "signal", "head")}
+        it.deciding["calibration"] = hashlib.sha256(it.calibration_tokens.numpy()).hexdigest() if dense else ""
     if args.finetune:
-        length = min(1024, getattr(it.config, "max_position_embeddings", None) or 1024)
-        it.finetune_tokens = tokenize(it.tokenizer, read_text(it.calibration, False), length, args.finetune, args.seed)
+        it.finetune_tokens = tokenize(it.tokenizer, read_text(it.calibration, False),
+                                      min(1024, positions(it.config)), args.finetune, args.seed)
     return it
 
 
 def run(args):
     """The program: load, measure, slice, measure again, fine-tune, measure again, print, save."""
-    it = prepare(args)
-    if not it.stream:
-        return slice_and_measure(it, load(it.model, it.dtype, "auto" if args.device == "auto" else "cpu")[0])
-    work = it.save.absolute().with_name(f".{it.save.name}.unfinished")
-    deciding = ("model", "calibration", "samples", "seqlen", "batch_size", "seed", "dtype", "device", "rotation", "d",
-                "discard_variance", "round_to", "signal", "head")
-    model, _ = load(it.model)
-    with larger_than_memory(work, {name: str(getattr(it, name, None)) for name in deciding}):
-        for parameter in model.parameters() if it.dtype != "auto" else []:
-            parameter.data = stored(parameter, like=torch.empty(0, dtype=it.dtype))
-        slice_and_measure(it, model)
-    shutil.rmtree(work)
-
-
-def slice_and_measure(it, model):
-    """`run`, of a model that is loaded."""
-    figures, why, failure = {}, "it was sliced before", None
+    it, figures, why, failure = prepare(args), {}, "it was sliced before", None
+    model, _ = load(it.model, "auto" if it.stream else it.dtype, "auto" if args.device == "auto" else "cpu")
 
     def measure(name: str):
         D = model.config.hidden_size
-        widths = sorted(set(getattr(model.config, "slicegpt", {}).get("dimensions", [D, D])[:-1]))  # but for the head's
+        widths = sorted(set(getattr(model.config, "slicegpt", {}).get("dimensions", [D, D])[:-1]))  # but the head's
+        figures[name] = {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
+                         "parameters": parameters(model)}
         with placed(model, it.device):
-            figures[name] = {
-                "dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
-                "parameters": parameters(model),
-                "perplexity": perplexity(model, it.evaluation_tokens, device=it.device),
-                "text": generate(model, it.tokenizer, it.prompt, it.device)}
+            figures[name] |= {"perplexity": perplexity(model, it.evaluation_tokens, device=it.device),
+                              "text": generate(model, it.tokenizer, it.prompt, it.device)}
 
-    if it.calibration_tokens is not None:
-        measure("dense")
-        start = time.perf_counter()
-        model, why = slice_as_asked(it, model)
-        it.slice_seconds = time.perf_counter() - start
-    measure("sliced")
-    if it.finetune:
-        try:
-            finetune(model.to(it.device), it.finetune_tokens, seed=it.seed)
-            measure("finetuned")
-        except SliceGPTError as error:  # what has been sliced is saved all the same
-            failure = error
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        report(it, figures)
-        if it.save:
-            save(model, it.tokenizer, it.save)
-            print(f"\nsaved to {it.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else
-                                               f"an ordinary {model.config.model_type} model"))
+    with larger_than_memory(it.work, it.deciding) if it.stream else contextlib.nullcontext():
+        for parameter in model.parameters():
+            if it.stream and it.dtype not in ("auto", parameter.dtype):
+                parameter.data = stored(parameter, like=torch.empty(0, dtype=it.dtype))
+        if it.calibration_tokens is not None:
+            measure("dense")
+            start = time.perf_counter()
+            model, why = slice_as_asked(it, model)
+            it.slice_seconds = time.perf_counter() - start
+        measure("sliced")
+        if it.finetune:
+            try:
+                finetune(model.to(it.device), it.finetune_tokens, seed=it.seed)
+                measure("finetuned")
+            except (SliceGPTError, torch.OutOfMemoryError) as error:  # what has been sliced is saved all the same
+                failure = error
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            if it.save:
+                save(model, it.tokenizer, it.save)
+            report(it, figures)
+            if it.save:
+                print(f"\nsaved to {it.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else
+                                                   f"an ordinary {model.config.model_type} model"))
+    if it.stream:
+        shutil.rmtree(it.work)
     if failure:
         raise failure
 
@@ -1426,7 +1424,8 @@ def report(it, figures: dict):
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
     values |= {"dimension": it.config.hidden_size, "peak_memory_bytes": peak_memory(it.device)}
     if it.report:
-        it.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+        with disk_errors(it.report):
+            it.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
     print(f"\n{it.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
@@ -1461,6 +1460,7 @@ def placed(model, device):
             yield
         finally:
             accelerate.hooks.remove_hook_from_submodules(model)
+            model.tie_weights()  # on the way, a head that is tied became a parameter of its own
 
 
 def peak_memory(device) -> int:
