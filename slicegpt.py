@@ -637,9 +637,10 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
 
 
 def generate(model, tokenizer, prompt: str, device=None) -> str:
-    """The prompt, continued by 40 tokens, each the likeliest."""
+    """The prompt, continued by 40 tokens, or as many as the model has positions for, each the likeliest."""
     inputs = tokenizer(prompt, return_tensors="pt").to(device or model.device)
-    output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    length = min(inputs.input_ids.shape[1] + 40, positions(model.config))
+    output = model.generate(**inputs, max_length=length, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 

@@ -349,6 +349,17 @@ def test_figure_3_fusion_changes_nothing(model, batch):
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
 
 
+def test_two_models_may_come_from_one_config():
+    first, batch = tiny_network(), (random_tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    second = mild(transformers.LlamaForCausalLM(first.config).double().eval())
+    expected = logits(second, batch)
+    slice_model(first, random_tokens(8, 12), 0.5)
+    rotate(second, random_rotation(16, 0))
+    assert_same(logits(second, batch), expected)
+    assert min(first.config.slicegpt["dimensions"]) == 8 and all(
+        module.config is first.config for module in first.modules() if hasattr(module, "config"))
+
+
 # ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
 
 @every_family(batches(), SEEDS)
@@ -716,6 +727,21 @@ def test_a_learned_rotation_costs_the_output_less(model, seed):
     assert all(W.requires_grad and W.grad is None for W in model.parameters())
 
 
+@every_family(batches(), SEEDS)
+def test_learning_the_rotation_of_an_unsliced_network_changes_nothing(model, batch, seed):
+    expected, D = logits(model, batch), model.config.hidden_size
+    Q = learn_rotation(model, random_tokens(8, 12), random_rotation(D, seed), 3)
+    assert_same(Q.T @ Q, torch.eye(D).double(), 1e-12)
+    rotate(model, Q)
+    assert_same(logits(model, batch), expected)
+
+
+def test_learning_in_a_narrow_type():
+    model = mild(tiny_network()).bfloat16()
+    Q = learn_rotation(model, random_tokens(8, 12), random_rotation(16, 0)[:, :8], 2)
+    assert_same(Q.T @ Q, torch.eye(8).double(), 1e-12)
+
+
 def test_the_gradient_of_a_rotation_is_that_of_the_sliced_network():
     """By differences of the divergence of the sliced network, along the first step of plain descent."""
     model, tokens, step = tiny_network(), random_tokens(4, 8), 1e-5
@@ -1005,6 +1031,22 @@ def test_a_sliced_model_and_its_layers_are_copied_and_pickled(tmp_path, rotation
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_hidden_states_and_gradient_checkpointing(family):
+    model, tokens, gradients = sliced_network(family), random_tokens(2, 9), []
+    with torch.no_grad():
+        hidden = model(tokens, output_hidden_states=True).hidden_states
+    for found, expected in zip(hidden[:-1], signals(model, tokens)[::len(stages(model)) // len(layers(model))]):
+        assert torch.equal(found.flatten(0, -2), expected)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(expected, found) for expected, found in zip(*gradients, strict=True))
+
+
 @needs("accelerate")
 def test_hooks_of_accelerate_stay_where_they_were():
     hooks, model = importlib.import_module("accelerate.hooks"), tiny_network()
@@ -1199,6 +1241,13 @@ def test_the_program_from_end_to_end(tiny, tmp_path):
         assert f"{report['sliced_perplexity']:.2f}" in out and "dense" not in out
 
 
+def test_a_report_that_cannot_be_written_costs_no_model(tiny, tmp_path):
+    path, options = tiny
+    code, _, err = command(*options, "--save", tmp_path / "sliced", "--report", tmp_path)
+    assert code == 2 and "Is a directory" in err and err.count("\n") == 1
+    load(tmp_path / "sliced")
+
+
 @pytest.mark.parametrize("flags", [[], ["--rotation", "shared"], ["--head", "tied"], ["--head", "full"]])
 def test_a_size_from_the_command_line(tiny, tmp_path, flags):
     path, options = tiny
@@ -1225,6 +1274,8 @@ BAD_INPUT = [
     ("--model ./nowhere", "cannot load ./nowhere: there is no such file or directory"),
     ("--model {path}", "cannot load {path}"),
     ("--model {path}/sliced --sparsity 0.3", "sliced already"),
+    ("--model {path}/sliced --learn 3", "sliced already"),
+    ("--model {path}/sliced --seqlen 33", "longer than the model's 32 positions"),
     ("--eval {path}/short", "too few for one sequence of 32"),
     ("--calibration {path}/latin", "not a UTF-8 text"),
     ("--seqlen 33", "longer than the model's 32 positions"),
