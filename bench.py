@@ -326,25 +326,25 @@ def cost(args):
 def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
     """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
 
-    Stage by stage, each on the signal of the stages that are pruned already. Embedding and head are not pruned, as in
+    Layer by layer, each on the signal of the layers that are pruned already. Embedding and head are not pruned, as in
     the paper. calibration: tokens (samples, N), int64. device: where to compute, with one layer there at a time. Raises
     SliceGPTError if a matrix has inputs that do not come in fours.
     """
-    device = torch.device(device or model.device)
+    device, parts = torch.device(device or model.device), slicegpt.architecture(model.config)
 
-    def prune_stage(X, stage) -> int:
-        if stage is None:
-            return 0
+    def prune_layer(X, stage) -> int:
+        if stage is None or parts.attention not in stage.blocks:
+            return 0  # a layer's FFN is pruned with its attention, by what it reads before that is pruned
         H, zeros = {}, 0
         groups = [slicegpt.submodules(stage.layer, paths)  # the matrices of a group read the same
-                  for block in stage.blocks for paths in (block.W_in, block.W_out)]
+                  for block in (parts.attention, parts.ffn) for paths in (block.W_in, block.W_out)]
 
         def observe(linear, inputs):
             H[linear] = H.get(linear, 0) + slicegpt.covariance(inputs[0])
 
         hooks = [linears[0].register_forward_pre_hook(observe) for linears in groups]
         for x in X.split(batch_size):
-            stage(x.to(device))
+            stage.layer(x.to(device), *stage.args, **stage.kwargs)
         for hook in hooks:
             hook.remove()
         for linears in groups:
@@ -355,7 +355,7 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
                 zeros += w.numel() // 2
         return zeros
 
-    return sum(slicegpt.walk(model.eval(), calibration, prune_stage, batch_size, device))
+    return sum(slicegpt.walk(model.eval(), calibration, prune_layer, batch_size, device))
 
 
 def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
