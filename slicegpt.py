@@ -1314,31 +1314,35 @@ def prepare(args) -> argparse.Namespace:
     a stream, and the options that decide on its result. Raises SliceGPTError for options that cannot go together.
     """
     shared, by_variance = args.rotation == "shared" or bool(args.learn), args.discard_variance is not None
-    if args.finetune:
-        optional("peft")
-    if args.save:
-        check_free(args.save)
-    it = read_inputs(args)
-    dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
-    for wrong, message in (
+
+    def refuse(*cases):
+        for wrong, message in cases:
+            if wrong:
+                raise SliceGPTError(message)
+
+    refuse(  # before anything is read, or downloaded
         (shared and (args.head == "full" or by_variance or args.signal == "output"),
          "one rotation has one dimension throughout, from the dense network: it goes with neither --head full, "
          "--discard-variance nor --signal output"),
         (args.stream and (not args.save or args.learn or dist.is_initialized()),
          "--stream needs --save, and goes with neither --learn nor torchrun"),
         (args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")),
-         "--stream needs .safetensors files, which can be mapped into memory"),
+         f"--stream needs .safetensors files, which can be mapped into memory, and {args.model} has none"),
         (args.report and not args.report.parent.is_dir(),
-         f"cannot write {args.report}: there is no directory {args.report and args.report.parent}"),
+         f"cannot write {args.report}: there is no directory {args.report and args.report.parent}"))
+    if args.finetune:
+        optional("peft")
+    if args.save:
+        check_free(args.save)
+    it = read_inputs(args)
+    dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
+    refuse(
         (dense and args.device == "auto", "--device auto is for a model that is sliced already"),
         (dense and args.head == "tied" and not it.config.tie_word_embeddings,
          "--head tied is for models whose head and embedding are one matrix"),
         (not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to) != (None, None, None) or
                         (args.head, args.signal) != ("sliced", "input")),
-         f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"),
-    ):
-        if wrong:
-            raise SliceGPTError(message)
+         f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"))
     if dense:
         check_sliceable(it.config, it.seqlen, one_width=args.head != "full" and not by_variance)
         as_llama, D = shared and hasattr(it.config, "rms_norm_eps"), it.config.hidden_size
@@ -1421,7 +1425,8 @@ def slice_as_asked(it, model) -> tuple[PreTrainedModel, str]:
 
 def report(it, figures: dict):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    values = {name: value for name, value in vars(it).items() if not name.endswith(("tokens", "config", "tokenizer"))}
+    internal = ("tokens", "config", "tokenizer", "deciding")
+    values = {name: value for name, value in vars(it).items() if not name.endswith(internal)}
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
     values |= {"dimension": it.config.hidden_size, "peak_memory_bytes": peak_memory(it.device)}
     if it.report:
