@@ -71,7 +71,7 @@ def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         round_to = config.num_attention_heads if shared and family == "llama" else 8  # so that a Llama stays one
         d = sliced_dimension(config.hidden_size, sparsity, round_to)
-        config.slicegpt = slicegpt.sliced_shape(config, d, "shared" if shared else "block")
+        config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
         return slicegpt.standard(SlicedForCausalLM._from_config(config, dtype=dtype))[0].eval()
 
 
@@ -353,6 +353,7 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
             for linear, w in zip(linears, pruned):
                 slicegpt.set_matrix(linear, w, None)  # the bias stays
                 zeros += w.numel() // 2
+        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
         return zeros
 
     return sum(slicegpt.walk(model.eval(), calibration, prune_layer, batch_size, device))
@@ -392,9 +393,7 @@ def read_model(args, may_be_sliced: bool = False):
     inputs = slicegpt.read_inputs(args)
     if inputs.calibration_tokens is None and not may_be_sliced:
         raise SliceGPTError(f"{args.model} is sliced already")
-    spread = inputs.calibration_tokens is None and args.device == "auto"
-    model, _ = slicegpt.load(args.model, inputs.dtype, "auto" if spread else "cpu")
-    return inputs, model.eval()
+    return inputs, slicegpt.load(args.model, inputs.dtype)[0].eval()
 
 
 PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%

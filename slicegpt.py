@@ -41,14 +41,12 @@ import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
@@ -154,6 +152,8 @@ def rotate(model, Q: Tensor | list[Tensor], device=None):
     shape = model.config.slicegpt
     shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
     Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
+    if shape.get("tied"):  # beyond the paper, see `tie_head`
+        raise SliceGPTError("its head is tied to its embedding, which can be rotated before that only")
     if [len(Q) for Q in Qs] != shape["dimensions"]:
         raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows, not {[len(Q) for Q in Qs]}")
     Q_in = Qs[0].to(device or model.device, torch.float64)
@@ -168,7 +168,7 @@ def rotate(model, Q: Tensor | list[Tensor], device=None):
         if shortcuts:
             rotate_shortcut(stage, Q_in, Q_out)
         Q_in = Q_out
-    rotate_reader(head(model), Q_in)
+    rotate_reader(model.get_output_embeddings(), Q_in)
     model.config.slicegpt = shape | {"dimensions": [Q.shape[1] for Q in Qs], "shortcuts": shortcuts}
 
 
@@ -221,7 +221,7 @@ def fuse(model):
             fuse_writer(norms[block.norm], stage.layer.get_submodule(block.W_out))
         for path, norm in norms.items():
             stage.layer.set_submodule(path, without_scale(norm, D))
-    fuse_reader(last_norm(model), head(model), parts.norm_offset)
+    fuse_reader(last_norm(model), model.get_output_embeddings(), parts.norm_offset)
     model.set_submodule(parts.norm, without_scale(last_norm(model), D))
 
 
@@ -294,15 +294,15 @@ def walk(model, calibration: Tensor, see, batch_size: int, device: torch.device)
     for x, tokens in zip(X.split(batch_size), calibration.split(batch_size)):
         x.copy_(embed(model, tokens)[0])
     _, calls = embed(model, calibration[:1])  # masks and the like: the same for all sequences
-    found = resumed(X)  # what a process found that died here; in memory there is none
-    yield from found
-    for i in progress(range(max(0, len(found) - 1), len(todo)), "signals", unit="signal"):
-        with visiting(todo[i], calls, device) as stage:
-            if i >= len(found):
-                yield recorded(i, X, see(X, stage))
-            for x in X.split(batch_size) if stage else ():
-                y = x.to(device, non_blocking=True)
-                x.copy_(y + stage(y))  # Algorithm 1, lines 4 and 5
+    seen = resumed(X)  # by a process that was killed here; in memory there is none
+    yield from seen
+    for i in progress(range(len(seen), len(todo)), "signals", unit="signal"):
+        stage = on_device(todo[i], calls, device)
+        result = see(X, stage)
+        for x in X.split(batch_size) if stage else ():
+            y = x.to(device, non_blocking=True)
+            x.copy_(y + stage(y))  # Algorithm 1, lines 4 and 5
+        yield recorded(i, X, result)
 
 
 def embed(model, tokens: Tensor) -> tuple[Tensor, list]:
@@ -336,21 +336,14 @@ def layers_do(forward, model):
                 layer.forward = hooked
 
 
-@contextlib.contextmanager
-def visiting(stage: Stage | None, calls: list, device):
-    """Inside, a stage with what its layer is called with, and its layer, are on the device."""
+def on_device(stage: Stage | None, calls: list, device) -> Stage | None:
+    """A stage with what its layer is called with; on the device, as a copy if it is not there."""
     if stage is None:
-        yield None
-        return
+        return None
     args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, calls[stage.number])
-    home = {weight: weight.data for weight in stage.layer.parameters()}
-    stage.layer.to(device)
-    there = {weight: weight.data_ptr() for weight in home}
-    try:
-        yield replace(stage, args=args, kwargs=kwargs)
-    finally:
-        for weight, data in home.items():  # what was not changed there gets back its old memory, which may be a file's
-            weight.data = data if weight.data_ptr() == there[weight] else weight.data.to(data.device)
+    here = stage.writers[0].weight.device == device
+    layer = stage.layer if here else copy.deepcopy(stage.layer).to(device)
+    return replace(stage, layer=layer, args=args, kwargs=kwargs)
 
 
 def covariance(X: Tensor) -> Tensor:
@@ -411,7 +404,7 @@ def check_sliceable(config, seqlen: int, one_width: bool = True):
     """Raises SliceGPTError if such a model, with such sequences, cannot be sliced, to one width throughout or not."""
     check_length(config, seqlen)
     shape = getattr(config, "slicegpt", None)
-    if shape and (shape["shortcuts"] or min(shape["dimensions"]) < config.hidden_size):
+    if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
         raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
     if architecture(config).one_width and not one_width:
         raise SliceGPTError(f"a {config.model_type}'s last signal must be as wide as its first: it can have neither a "
@@ -494,18 +487,13 @@ def architecture(config) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def blocks_and_shortcuts(config) -> list[tuple[tuple[Block, ...], str]]:
-    """Of the stages of each layer: attention and then FFN, or both at once in a parallel layer."""
-    parts = architecture(config)
-    if parts.parallel is True or parts.parallel and getattr(config, parts.parallel):
-        return [((parts.attention, parts.ffn), "shortcut")]
-    return [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
-
-
 def stages(model) -> list[Stage]:
-    """All stages of all layers, in the order in which the signal meets them."""
-    return [Stage(layer, number, *of_stage) for number, layer in enumerate(layers(model))
-            for of_stage in blocks_and_shortcuts(model.config)]
+    """All stages in the order in which the signal meets them: in a layer attention, then FFN, or both in parallel."""
+    parts = architecture(model.config)
+    of_layer = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
+    if parts.parallel is True or parts.parallel and getattr(model.config, parts.parallel):
+        of_layer = [((parts.attention, parts.ffn), "shortcut")]
+    return [Stage(layer, number, *of_stage) for number, layer in enumerate(layers(model)) for of_stage in of_layer]
 
 
 def positions(config) -> float:
@@ -518,23 +506,11 @@ def layers(model) -> nn.ModuleList:
 
 
 def embeddings(model) -> list[nn.Module]:
-    """What writes in the first signal's basis: the embeddings and, beyond the paper, the matrix of `tie_head`."""
-    return submodules(model, architecture(model.config).embeddings) + [head(model)] * is_tied(model)
+    return submodules(model, architecture(model.config).embeddings)
 
 
 def last_norm(model) -> nn.Module:
-    return model.get_submodule(architecture(model.config).norm + ".0" * is_tied(model))
-
-
-def head(model) -> nn.Module:
-    """What reads the last signal: the head or, beyond the paper, the matrix of `tie_head` in front of it."""
-    path = architecture(model.config).norm + ".1"
-    return model.get_submodule(path) if is_tied(model) else model.get_output_embeddings()
-
-
-def is_tied(model) -> bool:
-    """Whether `tie_head` has put a matrix behind the last norm."""
-    return getattr(model.config, "slicegpt", {}).get("tied", False)
+    return model.get_submodule(architecture(model.config).norm)
 
 
 def submodules(module, paths: str) -> list[nn.Module]:
@@ -583,10 +559,9 @@ def read_text(name: str, evaluation: bool) -> str:
         topics = importlib.import_module("pydoc_data.topics").topics
         return "\n\n".join(topics[key] for i, key in enumerate(sorted(topics)) if (i % 10 == 0) == evaluation)
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
-    hint = f"besides files there are {', '.join(HUB_TEXTS)} and pydoc"
-    try:
+    with failing(f"cannot read the text {name}", "besides text files there are pydoc and, from the hub, "
+                 f"{' and '.join(HUB_TEXTS)}"):
         if name in HUB_TEXTS:
-            hint = "without a network, name a text file or pydoc"
             splits = optional("datasets").load_dataset(*HUB_TEXTS[name])
             if "test" not in splits:
                 halves = splits["train"].train_test_split(0.2, seed=42)
@@ -596,15 +571,7 @@ def read_text(name: str, evaluation: bool) -> str:
             rows = optional("datasets").load_dataset(kind, data_files=name, split="train")
         else:
             return Path(name).read_text(encoding="utf-8")
-        if "text" not in rows.column_names:
-            raise ValueError(f"it has no column text, only {', '.join(rows.column_names)}")
         return "\n\n".join(text or "" for text in rows["text"])
-    except SliceGPTError:
-        raise
-    except UnicodeDecodeError as error:
-        raise SliceGPTError(f"{name} is not a UTF-8 text: {first_line(error)}") from error
-    except Exception as error:  # files from elsewhere can be wrong in many ways
-        raise SliceGPTError(f"cannot read the text {name}: {first_line(error)}; {hint}") from error
 
 
 def tokenize(tokenizer, text: str, seqlen: int, samples: int | None = None, seed: int | None = None) -> Tensor:
@@ -799,8 +766,7 @@ def projected(model, Q: Tensor):
         return X
 
     hooks = [module.register_forward_hook(lambda module, inputs, X: X @ Q) for module in embeddings(model)]
-    hooks += [module.register_forward_pre_hook(lambda module, inputs: inputs[0] @ Q.T)
-              for module in {head(model), model.get_output_embeddings()}]
+    hooks.append(model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: inputs[0] @ Q.T))
     try:
         with layers_do(partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False), model):
             yield
@@ -818,14 +784,14 @@ def tie_head(model, calibration: Tensor | None = None):
     token by its share of the calibration tokens, if there are any, plus 1 / V. For models whose embedding and head
     were one matrix; a small model has much of its size there.
     """
-    embedding, lm_head, path = model.get_input_embeddings(), head(model), architecture(model.config).norm
+    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     E, W = matrix(embedding), matrix(lm_head)
     B = nn.Linear(len(W), E.shape[1], bias=False, dtype=model.dtype, device=model.device)
     if not W.is_meta:  # else there are only shapes
         counts = torch.bincount((torch.arange(0) if calibration is None else calibration).flatten(), minlength=len(E))
         PE = (counts / counts.sum().clamp_min(1) + 1 / len(E)).to(E)[:, None] * E
         set_matrix(B, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True), None)
-    model.set_submodule(path, nn.Sequential(model.get_submodule(path), B))
+    model.set_submodule(architecture(model.config).norm, nn.Sequential(last_norm(model), B))
     lm_head.in_features, lm_head.weight = E.shape[1], embedding.weight
     model.config.slicegpt["tied"] = model.config.tie_word_embeddings = True
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -841,7 +807,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     """
     shape, parts, config = model.config.slicegpt, architecture(model.config), copy.deepcopy(model.config)
     for reason, holds in (("it has shortcuts", shape["shortcuts"]),
-                          ("its head is tied through a matrix of its own", is_tied(model)),
+                          ("its head is tied through a matrix of its own", shape.get("tied")),
                           ("its norms are LayerNorms, which subtract a mean", not hasattr(config, "rms_norm_eps"))):
         if holds:
             return model, reason
@@ -873,34 +839,27 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     return stock.to(model.device), ""
 
 
-def sliced_shape(config, d: int, rotation: str = "block", head: str = "sliced") -> dict:
-    """The `config.slicegpt` of a model with this dense config that is sliced to d dimensions, by these options."""
-    dimensions = [d] * (1 + config.num_hidden_layers * len(blocks_and_shortcuts(config)))
-    dimensions[-1] = config.hidden_size if head == "full" else d
-    return {"dimensions": dimensions, "shortcuts": rotation == "block"} | ({"tied": True} if head == "tied" else {})
-
-
 def dimension_for(config, params: float, round_to: int, rotation: str = "block", head: str = "sliced") -> int:
     """The largest d, a multiple of `round_to`, whose sliced network has at most the share `params` of all parameters.
 
-    The networks are built on the meta device, so all of them is counted and nothing is computed. Raises SliceGPTError,
+    The networks are sliced on the meta device, so all of them is counted and nothing is computed. Raises SliceGPTError,
     with what can be had, if there is none.
     """
-    with torch.device("meta"):
-        dense = parameters(AutoModelForCausalLM.from_config(config))
-
     def share_of(d) -> float:
-        sliced = copy.deepcopy(config)
-        sliced.slicegpt = sliced_shape(config, d, rotation, head)
         with torch.device("meta"):
-            return parameters(standard(SlicedForCausalLM._from_config(sliced))[0]) / dense
+            model = AutoModelForCausalLM.from_config(config)
+            dense, Q = parameters(model), torch.empty(config.hidden_size, d)
+            last = torch.empty(config.hidden_size, config.hidden_size) if head == "full" else Q
+            rotate(model, Q if rotation == "shared" else [Q] * len(stages(model)) + [last])
+            if head == "tied":
+                tie_head(model)
+            return parameters(standard(model)[0]) / dense
 
     multiples = range(round_to, config.hidden_size + 1, round_to)
     fitting = bisect.bisect_right(multiples, params, key=share_of)
     if not fitting:
-        shares = f"{share_of(multiples[0]):.3f} to {share_of(multiples[-1]):.3f}" if multiples else "none"
-        raise SliceGPTError(f"a share {params} of the parameters cannot be reached, in multiples of {round_to}: "
-                            f"{shares}")
+        reach = f": {share_of(multiples[0]):.3f} to {share_of(multiples[-1]):.3f}" if multiples else ""
+        raise SliceGPTError(f"a share {params} of the parameters cannot be reached in multiples of {round_to}{reach}")
     return multiples[fitting - 1]
 
 
@@ -952,7 +911,7 @@ def larger_than_memory(work: Path, options: dict):
     Raises SliceGPTError if what is there was begun with other options, or if the disk refuses.
     """
     begun = work / "options.json"
-    with disk_errors(work):
+    with failing(f"cannot save to {work}"):
         work.mkdir(parents=True, exist_ok=True)
         if not begun.exists():
             (work / "unfinished").write_text(json.dumps(options))
@@ -974,7 +933,7 @@ def allocate(shape, dtype, pinned: bool = False) -> Tensor:
     work, size = WORK.get(), math.prod(shape)
     if work is None or size == 0:
         return torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    with disk_errors(work), tempfile.NamedTemporaryFile(dir=work) as file:
+    with failing(f"cannot save to {work}"), tempfile.NamedTemporaryFile(dir=work) as file:
         os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk says so now
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
 
@@ -991,7 +950,7 @@ def recorded(i: int, X: Tensor, found: Tensor) -> Tensor:
     work = WORK.get()
     if work is None:
         return found
-    with disk_errors(work):
+    with failing(f"cannot save to {work}"):
         for name, content in (f"{i}.pt", found), ("signal.pt", {"found": i + 1, "X": X}):  # the latter counts
             with open(work / "unfinished", "wb") as file:  # a process that is killed here leaves no half of a file
                 torch.save(content, file)
@@ -1007,19 +966,6 @@ def resumed(X: Tensor) -> list[Tensor]:
     kept = torch.load(work / "signal.pt", mmap=True)
     X.copy_(kept["X"])
     return [torch.load(work / f"{i}.pt", mmap=True) for i in range(kept["found"])]
-
-
-@contextlib.contextmanager
-def disk_errors(path):
-    """Says in one line that the disk is full and the like."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            error = error.__context__  # torch.save stumbles over the disk's error once more
-        if not isinstance(error, OSError | SafetensorError):
-            raise
-        raise SliceGPTError(f"cannot save to {path}: {first_line(error)}") from error
 
 
 # ---- Load and save, with Hugging Face's classes ---------------------------------------------------------------------
@@ -1089,7 +1035,7 @@ def become_sliced(model):
     config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
     model._weight_conversions = []  # nor may it save under names that only the dense model's class understands
-    config.slicegpt = sliced_shape(config, config.hidden_size, "shared")
+    config.slicegpt = {"dimensions": [config.hidden_size] * (1 + len(stages(model))), "shortcuts": False}
     config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     if not isinstance(model, SlicedForCausalLM):
         model.__class__ = mixed(SlicedForCausalLM, type(model))
@@ -1098,26 +1044,22 @@ def become_sliced(model):
 def load(name, dtype="auto", device="cpu", **options):
     """(model, tokenizer) of a hub id, a local directory, one that `save` wrote, a .gguf file, or "demo".
 
-    dtype: a torch.dtype, or "auto" for the checkpoint's own. device: where to, or "auto" for wherever there is room, on
-    several accelerators, in memory, or on disk (accelerate; such a model is for use, not for slicing). options:
-    from_pretrained's. Raises SliceGPTError if there is no such model, and, before its weights are read, if it cannot be
-    sliced.
+    dtype: a torch.dtype, or "auto" for the checkpoint's own. options: from_pretrained's, such as device_map="auto" for
+    a model to use and not to slice, which then goes wherever accelerate finds room. Raises SliceGPTError if there is no
+    such model, and, before its weights are read, if it cannot be sliced.
     """
     config, tokenizer, path, files = describe(name)
     if name == "demo" and not path.exists():
         train_demo(path, config, tokenizer)
-    with loading_errors(name):
+    with failing(f"cannot load {name}"):
         auto = SlicedForCausalLM if hasattr(config, "slicegpt") else AutoModelForCausalLM
         if files:
             optional("accelerate")
             files = files | {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        if device == "auto":
-            optional("accelerate")
-            options["device_map"] = "auto"
         model, found = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **files, **options)
         if missing := found["missing_keys"]:  # transformers would go on with random ones
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
-        return model if device == "auto" else model.to(device), tokenizer
+        return model if "device_map" in options else model.to(device), tokenizer
 
 
 def describe(name) -> tuple:
@@ -1133,24 +1075,11 @@ def describe(name) -> tuple:
         path, files = os.path.dirname(path) or ".", {"gguf_file": os.path.basename(path)}
     elif not os.path.exists(path) and (path.count("/") > 1 or path.startswith((".", "/")) or path.endswith(".gguf")):
         raise SliceGPTError(f"cannot load {path}: there is no such file or directory")
-    with loading_errors(name):
+    hint = "" if os.path.exists(path) else "without a network, there are local directories, and demo"
+    with failing(f"cannot load {name}", hint):
         config = AutoConfig.from_pretrained(path, **files)
         architecture(config)
         return config, AutoTokenizer.from_pretrained(path, **files), path, files
-
-
-@contextlib.contextmanager
-def loading_errors(name):
-    """Says in one line what is wrong with a model's files."""
-    try:
-        yield
-    except SliceGPTError:
-        raise
-    except Exception as error:  # files from elsewhere can be wrong in many ways
-        reason = first_line(error)
-        if "connect" in reason.lower() and not os.path.exists(name):
-            reason = "it is not a local path, and the hub cannot be reached; use a local directory, or --model demo"
-        raise SliceGPTError(f"cannot load {name}: {reason}") from error
 
 
 def save(model, tokenizer, path):
@@ -1163,7 +1092,7 @@ def save(model, tokenizer, path):
     path = Path(path)
     check_free(path)
     unfinished = WORK.get() / "result" if WORK.get() else path.with_name(f".{path.name}.{os.getpid()}")
-    with disk_errors(path):
+    with failing(f"cannot save to {path}"):
         try:
             shutil.rmtree(unfinished, ignore_errors=True)  # a process died while it wrote
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -1188,6 +1117,19 @@ def optional(package: str):
     except ImportError:
         name = package.partition(".")[0].replace("_", "-")
         raise SliceGPTError(f"this needs the package {name}: pip install {name}") from None
+
+
+@contextlib.contextmanager
+def failing(what: str, hint: str = ""):
+    """Inside, whatever goes wrong is said in one line: files from elsewhere, and disks, can be wrong in many ways."""
+    try:
+        yield
+    except SliceGPTError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # torch.save stumbles over the disk's error once more
+        raise SliceGPTError(f"{what}: {first_line(error)}" + (f"; {hint}" if hint else "")) from error
 
 
 def first_line(error: Exception) -> str:
@@ -1242,7 +1184,7 @@ def add_inputs(add):
     add("--batch-size", type=number(int, 1), default=8, help="calibration sequences at a time (default: 8)")
     add("--seed", type=int, default=0, help="chooses the calibration sequences (default: 0)")
     add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="default: float32 on a CPU, else stored")
-    add("--device", help="default: cuda, if there is one; auto spreads a sliced model over all there is, to measure it")
+    add("--device", help="default: cuda, if there is one")
 
 
 def parse_arguments(argv):
@@ -1278,13 +1220,10 @@ def parse_arguments(argv):
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of this name; for "auto" and None an accelerator, if there is one. Raises SliceGPTError."""
-    if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    """The device of this name; by default an accelerator, if there is one. Raises SliceGPTError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    with failing(f"cannot use --device {name}"):
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise SliceGPTError(f"cannot use --device {name}: {first_line(error)}") from error
 
 
 def read_inputs(args) -> argparse.Namespace:
@@ -1337,7 +1276,6 @@ def prepare(args) -> argparse.Namespace:
     it = read_inputs(args)
     dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
     refuse(
-        (dense and args.device == "auto", "--device auto is for a model that is sliced already"),
         (dense and args.head == "tied" and not it.config.tie_word_embeddings,
          "--head tied is for models whose head and embedding are one matrix"),
         (not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to) != (None, None, None) or
@@ -1367,7 +1305,7 @@ def prepare(args) -> argparse.Namespace:
 def run(args):
     """The program: load, measure, slice, measure again, fine-tune, measure again, print, save."""
     it, figures, why, failure = prepare(args), {}, "it was sliced before", None
-    model, _ = load(it.model, "auto" if it.stream else it.dtype, "auto" if args.device == "auto" else "cpu")
+    model, _ = load(it.model, "auto" if it.stream else it.dtype)
 
     def measure(name: str):
         D = model.config.hidden_size
@@ -1430,7 +1368,7 @@ def report(it, figures: dict):
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
     values |= {"dimension": it.config.hidden_size, "peak_memory_bytes": peak_memory(it.device)}
     if it.report:
-        with disk_errors(it.report):
+        with failing(f"cannot save to {it.report}"):
             it.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
     print(f"\n{it.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
@@ -1439,34 +1377,30 @@ def report(it, figures: dict):
     if "dense" in figures:
         print(f"  sliced in {it.slice_seconds:.1f} s, by {it.samples} x {it.seqlen} tokens of {it.calibration}")
     print(f"  peak memory {values['peak_memory_bytes'] / 2**30:.2f} GiB\n")
-    width = 114 // len(figures) - 3
-    texts = [textwrap.wrap(f"{name}: {column['text']}", width) for name, column in figures.items()]
-    for lines in zip_longest(*texts, fillvalue=""):
-        print("  " + " | ".join(f"{line:{width}}" for line in lines).rstrip())
+    for name, column in figures.items():
+        print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
 
 
 def fits(model, device) -> bool:
     """Whether a model is on the accelerator, or there is room for 1.2 times its size."""
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    size = sum(weight.nbytes for weight in model.parameters())
     return device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]
 
 
 @contextlib.contextmanager
 def placed(model, device):
     """The model on `device`, for good if it fits there; else its weights come and go as needed (accelerate)."""
-    if hasattr(model, "hf_device_map"):  # accelerate has placed it already
-        yield
-    elif fits(model, device):
+    if fits(model, device):
         model.to(device)
         yield
-    else:
-        accelerate = optional("accelerate")
-        accelerate.cpu_offload(model, device)
-        try:
-            yield
-        finally:
-            accelerate.hooks.remove_hook_from_submodules(model)
-            model.tie_weights()  # on the way, a head that is tied became a parameter of its own
+        return
+    accelerate = optional("accelerate")
+    accelerate.cpu_offload(model, device)
+    try:
+        yield
+    finally:
+        accelerate.hooks.remove_hook_from_submodules(model)
+        model.tie_weights()  # on the way, a head that is tied became a parameter of its own
 
 
 def peak_memory(device) -> int:
