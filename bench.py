@@ -433,7 +433,8 @@ def tasks(args):
     """Figure 5: zero-shot accuracy of a model and of its slice; or of a model that is sliced already.
 
     By the LM Evaluation Harness; normalised by the length of the answers (acc_norm) where a task has that, as in the
-    authors' code. --limit: questions of each task, 0 for all. --tasks-path: a directory with more tasks.
+    authors' code. A group or tag stands for its tasks. --limit: questions of each task, 0 for all. --tasks-path: a
+    directory with more tasks.
     """
     manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=args.tasks_path or None)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -442,30 +443,30 @@ def tasks(args):
         near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
         raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
     inputs, model = read_model(args, may_be_sliced=True)
-    rows, title = [{"task": name} for name in [*names, "average"]], args.model
+    rows, average, title = {}, {"task": "average"}, args.model
 
     def measure(network: str):
-        with slicegpt.placed(model, inputs.device):
+        with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
             judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
-            try:
-                results = slicegpt.optional("lm_eval").simple_evaluate(
-                    judged, tasks=names, task_manager=manager, limit=args.limit or None)["results"]
-            except (OSError, ValueError) as error:
-                raise SliceGPTError(f"cannot run the tasks {', '.join(names)}: {slicegpt.first_line(error)}") from error
-        for name, row in zip(names, rows):
-            metric = "acc_norm" if "acc_norm,none" in results[name] else "acc"
-            if f"{metric},none" not in results[name]:
+            results = slicegpt.optional("lm_eval").simple_evaluate(
+                judged, tasks=names, task_manager=manager, limit=args.limit or None)
+        for name, found in results["results"].items():
+            if results["group_subtasks"].get(name):
+                continue
+            metric = "acc_norm" if "acc_norm,none" in found else "acc"
+            if f"{metric},none" not in found:
                 raise SliceGPTError(f"the task {name} measures no accuracy")
-            accuracy, error = results[name][f"{metric},none"], results[name][f"{metric}_stderr,none"]
-            row |= {"metric": metric, network: accuracy, f"{network}_error": None if error == "N/A" else error}
-        rows[-1][network] = sum(row[network] for row in rows[:-1]) / len(names)
+            accuracy, error = found[f"{metric},none"], found[f"{metric}_stderr,none"]
+            row = rows.setdefault(name, {"task": name, "metric": metric})
+            row |= {network: accuracy, f"{network}_error": None if error == "N/A" else error}
+        average[network] = sum(row[network] for row in rows.values()) / len(rows)
 
     if inputs.calibration_tokens is not None:
         measure("dense")
         slice_model(model, inputs.calibration_tokens, args.sparsity, batch_size=args.batch_size, device=inputs.device)
         title += f", sliced {args.sparsity:.0%} by {inputs.samples} x {inputs.seqlen} tokens of {inputs.calibration}"
     measure("sliced")
-    show(args, f"{title}: accuracy and its standard error", rows)
+    show(args, f"{title}: accuracy and its standard error", [*rows.values(), average])
 
 
 def quality(args):

@@ -208,6 +208,8 @@ def fuse(model):
     Raises SliceGPTError if the architecture is not supported.
     """
     parts, D = architecture(model.config), model.config.hidden_size
+    if hasattr(model, "peft_config"):
+        raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
     if hasattr(model.config, "slicegpt"):
         return
     become_sliced(model)  # the same network, of a class that knows its shape, with a head of its own
@@ -264,7 +266,7 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     """
     D, device = model.config.hidden_size, torch.device(device or model.device)
     d = sliced_dimension(D, sparsity, round_to)
-    check_sliceable(model.config, calibration.shape[1], discard_variance is None and (head == "sliced" or d == D))
+    check_sliceable(model.config, calibration, discard_variance is None and (head == "sliced" or d == D))
     fuse(model.eval())
     observe = last_norm(model) if signal == "output" else nn.Identity()  # fused, all norms are the same
 
@@ -395,14 +397,21 @@ def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int =
     return min(len(eigenvalues), math.ceil(needed / round_to) * round_to)
 
 
-def check_length(config, seqlen: int):
-    if seqlen > positions(config):
-        raise SliceGPTError(f"sequences of {seqlen} tokens are longer than the model's {positions(config)} positions")
+def check_tokens(config, tokens: Tensor):
+    """Raises SliceGPTError if such a model cannot take these tokens (..., N)."""
+    if tokens.numel() == 0:
+        raise SliceGPTError("there are no tokens")
+    if tokens.shape[-1] > positions(config):
+        raise SliceGPTError(f"sequences of {tokens.shape[-1]} tokens are longer than the model's {positions(config)} "
+                            "positions")
+    if tokens.max() >= config.vocab_size:
+        raise SliceGPTError(f"the model knows {config.vocab_size} tokens, and there is a token {tokens.max()}; is the "
+                            "tokenizer another model's?")
 
 
-def check_sliceable(config, seqlen: int, one_width: bool = True):
-    """Raises SliceGPTError if such a model, with such sequences, cannot be sliced, to one width throughout or not."""
-    check_length(config, seqlen)
+def check_sliceable(config, calibration: Tensor, one_width: bool = True):
+    """Raises SliceGPTError if such a model, by such tokens, cannot be sliced, to one width throughout or not."""
+    check_tokens(config, calibration)
     shape = getattr(config, "slicegpt", None)
     if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
         raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
@@ -472,9 +481,10 @@ def architecture(config) -> Architecture:
         ("is_encoder_decoder", "it is an encoder-decoder"),
         ("add_cross_attention", "it has cross-attention"),
         ("num_experts num_local_experts n_routed_experts", "it is a mixture of experts"),
-        ("quantization_config", "its weights are quantised (slice the original and quantise the result)"),
         ("_remove_final_layer_norm", "it has no last norm"),
     ) if any(getattr(config, flag, None) for flag in flags.split())]
+    if getattr(config, "quantization_config", None) and not hasattr(config, "slicegpt"):
+        reasons.append("its weights are quantised (slice the original and quantise the result)")
     if not getattr(config, "do_layer_norm_before", True):
         reasons.append("it normalises behind its blocks (post-norm), and such a signal cannot be rotated")
     if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
@@ -551,14 +561,15 @@ HUB_TEXTS = {  # name: data set and configuration, with columns `text`
 def read_text(name: str, evaluation: bool) -> str:
     """A text to calibrate on, or one to evaluate on: wikitext2, alpaca, pydoc, or the path of a file.
 
-    The file is a UTF-8 text, or a .json, .jsonl or .parquet with a column `text`. Of a data set without a test split,
-    random 80% are for calibration and 10% for evaluation, always the same, as in the authors' code. pydoc is the
-    language reference that ships with CPython; every tenth of its topics is kept for evaluation.
+    The file is a UTF-8 text, or a .json, .jsonl, .csv or .parquet with a column `text`, compressed or not. Of a data
+    set without a test split, random 80% are for calibration and 10% for evaluation, always the same, as in the authors'
+    code. pydoc is the language reference that ships with CPython; every tenth of its topics is kept for evaluation.
     """
     if name == "pydoc":
         topics = importlib.import_module("pydoc_data.topics").topics
         return "\n\n".join(topics[key] for i, key in enumerate(sorted(topics)) if (i % 10 == 0) == evaluation)
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    suffixes = [suffix for suffix in Path(name.lower()).suffixes if suffix not in (".gz", ".bz2", ".xz", ".zst")]
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get("".join(suffixes[-1:]))
     with failing(f"cannot read the text {name}", "besides text files there are pydoc and, from the hub, "
                  f"{' and '.join(HUB_TEXTS)}"):
         if name in HUB_TEXTS:
@@ -599,15 +610,16 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
         logits = at_least_float32(model(batch, use_cache=False).logits[:, :-1].flatten(0, 1))
         loss_and_count[0] += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
         loss_and_count[1] += len(logits)
-    loss, count = total(loss_and_count).tolist()
-    return math.exp(loss / count)
+    loss, count = total(loss_and_count)
+    return (loss / count).exp().item()
 
 
 def generate(model, tokenizer, prompt: str, device=None) -> str:
     """The prompt, continued by 40 tokens, or as many as the model has positions for, each the likeliest."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(device or model.device)
-    length = min(inputs.input_ids.shape[1] + 40, positions(model.config))
-    output = model.generate(**inputs, max_length=length, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device or model.device)
+    length = min(tokens.shape[1] + 40, positions(model.config))
+    output = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_length=length, do_sample=False,
+                            pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
@@ -698,7 +710,7 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     that is not finite.
     """
     device = torch.device(device or model.device)
-    check_sliceable(model.config, calibration.shape[1])
+    check_sliceable(model.config, calibration)
     fuse(model.eval())
     norm = last_norm(model)  # fused, all norms are the same
 
@@ -720,7 +732,7 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     of a Q. No weight is changed, see `projected`. Fuses the model, and sets it to eval mode. Memory: the signals
     between the layers; within them, one layer's at a time. Raises SliceGPTError for a divergence that is not finite.
     """
-    check_sliceable(model.config, calibration.shape[1])
+    check_sliceable(model.config, calibration)
     fuse(model.eval())
     length = min(256, calibration.shape[1])
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
@@ -805,27 +817,29 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
     sqrt(d / D), in place, and the norms get a scale of sqrt(D / d). The given model is then used up.
     """
-    shape, parts, config = model.config.slicegpt, architecture(model.config), copy.deepcopy(model.config)
+    shape, parts, config = model.config.slicegpt, architecture(model.config), model.config
     for reason, holds in (("it has shortcuts", shape["shortcuts"]),
                           ("its head is tied through a matrix of its own", shape.get("tied")),
                           ("its norms are LayerNorms, which subtract a mean", not hasattr(config, "rms_norm_eps"))):
         if holds:
             return model, reason
-    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    config.hidden_size = shape["dimensions"][0]
-    del config.slicegpt, config.auto_map
-    base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        config = type(config).from_dict(config.to_dict())  # checks it
+        config = stock_config(config, shape["dimensions"][0])
     except Exception as error:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
+    base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
     scale, weights = math.sqrt(model.config.hidden_size / config.hidden_size), model.state_dict()
-    ones = torch.ones(config.hidden_size, dtype=model.dtype, device=model.device)
-    for name in stock.state_dict().keys() - weights.keys():  # our norms have no scale
-        weights[name] = ones * (scale - parts.norm_offset)
-    if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in stock.state_dict().items()}:
+    expected = stock.state_dict()
+    for fused, pieces in (("qkv_proj", "q_proj k_proj v_proj"), ("gate_up_proj", "gate_proj up_proj")):
+        for name in [name for name in weights if fused in name and name not in expected]:  # a Phi-3 as a Mistral
+            names = [name.replace(fused, piece) for piece in pieces.split()]
+            weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
+    for name in expected.keys() - weights.keys():  # our norms have no scale, and a Qwen2's attention no last bias
+        value = 0.0 if name.endswith("bias") else scale - parts.norm_offset
+        weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
+    if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in expected.items()}:
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
@@ -834,9 +848,32 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     for module in writers + [linear for stage in stages(model) for linear in stage.writers]:
         for parameter in module.parameters(recurse=False):
             parameter.copy_(parameter.double() / scale)
-    stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
+    stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
+                                 attn_implementation=model.config._attn_implementation)
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
+
+
+def stock_config(config, d: int):
+    """The config of a network like this with a hidden size of d, as a Llama or a Mistral, which most programs run.
+
+    Llama's own class refuses a d that is no multiple of its heads; a Mistral without windows is the same. A Qwen2 is a
+    Llama with biases, and a Phi-3 a Mistral whose matrices are in one piece. The others stay what they are. Raises what
+    transformers raises of a shape that it does not like.
+    """
+    values, kind, heads = config.to_dict(), config.model_type, config.num_attention_heads
+    values |= {"hidden_size": d, "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads}
+    for key in ("slicegpt", "auto_map", "architectures", "model_type"):
+        values.pop(key, None)
+    if kind == "qwen2" and d % heads == 0 and "sliding_attention" not in config.layer_types:
+        kind, values["attention_bias"] = "llama", True
+    elif kind == "llama" and d % heads and not (config.attention_bias or config.mlp_bias):
+        kind, values["sliding_window"] = "mistral", None
+    elif kind == "phi3" and config.rope_parameters.get("partial_rotary_factor", 1) == 1:
+        kind = "mistral"
+    if kind != config.model_type:
+        values = {key: values[key] for key in AutoConfig.for_model(kind).to_dict().keys() & values.keys()}
+    return AutoConfig.for_model(kind, **values)
 
 
 def dimension_for(config, params: float, round_to: int, rotation: str = "block", head: str = "sliced") -> int:
@@ -978,14 +1015,30 @@ class SlicedForCausalLM:
     for AutoModelForCausalLM.
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"(norm|ln_f)\.weight$"]  # see `save_pretrained`
+
     def __init__(self, config, *args, **kwargs):
         shape = vars(config).pop("slicegpt")  # until the model has it
+        quantised = vars(config).pop("quantization_config", None)  # when its weights have come, they will be
         super().__init__(config, *args, **kwargs)
         fuse(self)  # transformers builds models without data, on the meta device: these lines only set shapes
         Qs = [torch.eye(config.hidden_size, d) for d in shape["dimensions"]]
         rotate(self, Qs if shape["shortcuts"] else Qs[0])
         if shape.get("tied"):
             tie_head(self)
+        if quantised:
+            self.config.quantization_config = quantised
+
+    def save_pretrained(self, path, *args, **kwargs):
+        """Hugging Face's own; and this file, which AutoModelForCausalLM runs to load the model again.
+
+        Where nothing was deleted, transformers' own class would load the weights, too, and compute something else
+        (there are no shortcuts in it): it stumbles over a norm with a weight of no size.
+        """
+        weights = kwargs.pop("state_dict", None) or self.state_dict()
+        weights = weights | {architecture(self.config).norm + ".weight": torch.empty(0)}
+        super().save_pretrained(path, *args, state_dict=weights, **kwargs)
+        shutil.copyfile(__file__, Path(path) / "slicegpt.py")
 
     @classmethod
     def for_config(cls, config) -> type:
@@ -1006,8 +1059,7 @@ class SlicedForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class):
-        """Called by AutoModelForCausalLM: who loads a sliced model and saves it again gets this file with it."""
-        cls._auto_class = auto_class.__name__
+        """Called by AutoModelForCausalLM, for transformers to copy the class's file; `save_pretrained` does."""
 
 
 @cache
@@ -1075,6 +1127,8 @@ def describe(name) -> tuple:
         path, files = os.path.dirname(path) or ".", {"gguf_file": os.path.basename(path)}
     elif not os.path.exists(path) and (path.count("/") > 1 or path.startswith((".", "/")) or path.endswith(".gguf")):
         raise SliceGPTError(f"cannot load {path}: there is no such file or directory")
+    elif os.path.exists(os.path.join(path, "adapter_config.json")):
+        raise SliceGPTError(f"cannot load {path}: it has adapters; merge them into the model first (merge_and_unload)")
     hint = "" if os.path.exists(path) else "without a network, there are local directories, and demo"
     with failing(f"cannot load {name}", hint):
         config = AutoConfig.from_pretrained(path, **files)
@@ -1086,28 +1140,71 @@ def save(model, tokenizer, path):
     """Writes a directory that `load` reads back bit for bit, as does AutoModelForCausalLM.
 
     It has Hugging Face's files and, for a model of ours, a copy of this one, which AutoModelForCausalLM needs
-    trust_remote_code=True to run. It gets its name only when complete. Raises SliceGPTError if something is there, or
-    if the disk refuses.
+    trust_remote_code=True to run. Nothing gets its name before all is written. Raises SliceGPTError if something is
+    there, or if the disk refuses.
     """
-    path = Path(path)
-    check_free(path)
-    unfinished = WORK.get() / "result" if WORK.get() else path.with_name(f".{path.name}.{os.getpid()}")
+    path = Path(path).resolve()
+    folder = unfinished(path)
     with failing(f"cannot save to {path}"):
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)  # a process died while it wrote
-            path.parent.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(unfinished, max_shard_size="5GB")
-            tokenizer.save_pretrained(unfinished)
-            if hasattr(model.config, "slicegpt"):
-                shutil.copyfile(__file__, unfinished / "slicegpt.py")
-            unfinished.replace(path)
+            model.save_pretrained(folder, max_shard_size="5GB")
+            tokenizer.save_pretrained(folder)
+            complete(folder, tokenizer.name_or_path)
+            if path.exists():  # it may be a mount point, which cannot be replaced
+                for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+                    file.replace(path / file.name)
+            else:
+                folder.replace(path)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_free(path: Path):
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise SliceGPTError(f"cannot save to {path}: it exists and is not an empty directory")
+def unfinished(path: Path) -> Path:
+    """A new directory for what is to become `path`: next to it, or in it, if it exists.
+
+    Raises SliceGPTError if something else is there already, or if there can be nothing.
+    """
+    with failing(f"cannot save to {path}"):
+        folder = path.with_name(f".{path.name}.{os.getpid()}")
+        if path.exists():
+            folder = path / f".unfinished.{os.getpid()}"
+            if any(not file.name.startswith(".unfinished") for file in path.iterdir()):
+                raise OSError("it exists and is not an empty directory")
+        if WORK.get():
+            folder = WORK.get() / "result"
+        shutil.rmtree(folder, ignore_errors=True)  # a process died while it wrote
+        folder.mkdir(parents=True)
+        return folder
+
+
+def complete(folder: Path, source: str):
+    """Adds to a saved model what other programs read, and transformers 5 does not write.
+
+    The files of the tokenizer's `source`, a directory or hub id, that are missing here; and transformers 4's names.
+    """
+    files = ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
+             "generation_config.json"]
+    if source and not os.path.isdir(source):
+        with contextlib.suppress(Exception):  # without a network, or such a repository, there is no more than we have
+            source = importlib.import_module("huggingface_hub").snapshot_download(source, allow_patterns=files)
+    for file in [file for pattern in files if os.path.isdir(source) for file in Path(source).glob(pattern)]:
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+    names = ("config.json", "tokenizer_config.json")
+    config, tokenizer = (json.loads((folder / name).read_text(encoding="utf-8")) for name in names)
+    rotary = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rotary:
+        config |= {key: value for key, value in rotary.items() if key in (
+            "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
+        del rotary["rope_theta"]
+        config["rope_scaling"] = None if rotary["rope_type"] == "default" else rotary
+    if tokenizer["tokenizer_class"] == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    for name, content in zip(names, (config, tokenizer)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def optional(package: str):
@@ -1195,8 +1292,7 @@ def parse_arguments(argv):
     size("--sparsity", type=number(float, 0, 1), help="share of the dimensions to delete (default: 0.25)")
     size("--params", type=number(float, 0), help="instead: at most this share of all parameters is left")
     size("--discard-variance", type=number(float, 0, 1), help="instead: at most this share of each signal's is lost")
-    add("--round-to", type=number(int, 1), help="the dimension is a multiple of this (default: 8; for a standard "
-        "checkpoint of a model with RMSNorm, the number of its heads)")
+    add("--round-to", type=number(int, 1), default=8, help="the dimension is a multiple of this (default: 8)")
     add("--signal", "--pca", choices=["input", "output"], default="input", help="principal components of the "
         "RMSNorm's input, as in the authors' code (default), or of its output, as in the paper's text")
     add("--head", choices=["sliced", "full", "tied"], default="sliced", help="slice the head too (default), give it "
@@ -1238,13 +1334,14 @@ def read_inputs(args) -> argparse.Namespace:
     it.dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if it.device.type == "cpu" else "auto"
     it.config, it.tokenizer, *_ = describe(args.model)
     it.seqlen = args.seqlen or min(2048, positions(it.config))
-    check_length(it.config, it.seqlen)
     it.calibration_tokens = None
     if not hasattr(it.config, "slicegpt"):
         it.calibration_tokens = tokenize(it.tokenizer, read_text(it.calibration, False), it.seqlen, it.samples, it.seed)
         it.samples = len(it.calibration_tokens)
+        check_tokens(it.config, it.calibration_tokens)
     it.evaluation_tokens = tokenize(it.tokenizer, read_text(it.eval, True), it.seqlen, it.eval_samples)
     it.eval_samples = len(it.evaluation_tokens)
+    check_tokens(it.config, it.evaluation_tokens)
     return it
 
 
@@ -1272,26 +1369,28 @@ def prepare(args) -> argparse.Namespace:
     if args.finetune:
         optional("peft")
     if args.save:
-        check_free(args.save)
+        unfinished(args.save.resolve()).rmdir()  # if that fails, it should fail now
     it = read_inputs(args)
+    with failing(f"cannot continue the prompt {args.prompt!r}"):
+        check_tokens(it.config, torch.tensor(it.tokenizer(args.prompt).input_ids))
     dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
     refuse(
         (dense and args.head == "tied" and not it.config.tie_word_embeddings,
          "--head tied is for models whose head and embedding are one matrix"),
-        (not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to) != (None, None, None) or
+        (not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to) != (None, None, 8) or
                         (args.head, args.signal) != ("sliced", "input")),
          f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"))
     if dense:
-        check_sliceable(it.config, it.seqlen, one_width=args.head != "full" and not by_variance)
-        as_llama, D = shared and hasattr(it.config, "rms_norm_eps"), it.config.hidden_size
-        it.round_to = args.round_to or (it.config.num_attention_heads if as_llama else 8)
+        check_sliceable(it.config, it.calibration_tokens, one_width=args.head != "full" and not by_variance)
+        D = it.config.hidden_size
         if args.params is None:
             it.d = sliced_dimension(D, 0.25 if args.sparsity is None else args.sparsity, it.round_to)
         else:
             it.d = dimension_for(it.config, args.params, it.round_to, it.rotation, args.head)
         it.sparsity = None if by_variance else 1 - it.d / D
     if args.stream:
-        it.work = args.save.absolute().with_name(f".{args.save.name}.unfinished")
+        it.work = args.save.resolve()
+        it.work = it.work / ".unfinished" if it.work.exists() else it.work.with_name(f".{it.work.name}.unfinished")
         it.deciding = {name: str(getattr(it, name, None)) for name in (
             "model", "samples", "seqlen", "batch_size", "seed", "dtype", "device", "rotation", "d",
             "discard_variance", "round_to", "signal", "head")}
@@ -1417,6 +1516,9 @@ def main(argv=None) -> int:
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character gets another
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         args = parse_arguments(argv)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
