@@ -343,8 +343,11 @@ def on_device(stage: Stage | None, calls: list, device) -> Stage | None:
     if stage is None:
         return None
     args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, calls[stage.number])
-    here = stage.writers[0].weight.device == device
-    layer = stage.layer if here else copy.deepcopy(stage.layer).to(device)
+    layer = stage.layer
+    if stage.writers[0].weight.device != device:
+        there = {id(W): nn.Parameter(W.detach().to(device)) for W in layer.parameters()}
+        there |= {id(b): b.to(device) for b in layer.buffers()}
+        layer = copy.deepcopy(layer, there)  # with these for its tensors
     return replace(stage, layer=layer, args=args, kwargs=kwargs)
 
 
@@ -749,7 +752,7 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
         with projected(model, torch.linalg.qr(start.to(V) + V).Q.to(model.dtype)):
             found = model(mine, use_cache=False).logits
         expected, found = (at_least_float32(logits.flatten(0, 1)).log_softmax(-1) for logits in (expected, found))
-        count = total(torch.tensor(mine.numel(), device=mine.device))
+        count = total(torch.ones_like(mine).sum())
         return F.kl_div(found, expected, log_target=True, reduction="sum") / count
 
     try:

@@ -896,6 +896,68 @@ def test_torchrun(tiny, tmp_path):
     load(tmp_path / "two")
 
 
+# ---- An accelerator -------------------------------------------------------------------------------------------------
+
+DEVICE = """
+import contextlib, torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+import slicegpt
+from test_slicegpt import TINY, TINY_OPT, AutoConfig, AutoModelForCausalLM
+
+def apply(module, function, recurse=True):  # torch's own swaps tensors, which these cannot
+    for child in module.children():
+        apply(child, function)
+    for name, W in module._parameters.items():
+        module._parameters[name] = None if W is None else nn.Parameter(function(W.data))
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else function(buffer)
+    return module
+
+class Yes:
+    all = __bool__ = lambda self: True
+
+_setup_privateuseone_for_python_backend("gadget")
+torch.Tensor.backward, torch.Tensor.item = lambda loss: None, lambda X: 0.0  # autograd needs a real device
+nn.Module._apply, torch.Tensor.isfinite, slicegpt.check_tokens = apply, lambda X: Yes(), lambda *_: None  # no values
+torch.autocast = lambda *_, **__: contextlib.nullcontext()
+torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
+slicegpt.dimension_by_variance = lambda eigenvalues, *_: len(eigenvalues) // 2
+for family in ("llama", "opt", "gpt2", "phi"):
+    for home in ("cpu", "gadget:0"):
+        for way in ("block", "output", "variance", "shared", "tied", "learned"):
+            if way == "variance" and family == "gpt2":
+                continue
+            with FakeTensorMode():
+                device, tokens = torch.device("gadget:0"), torch.zeros(8, 12, dtype=torch.int64)
+                options = TINY_OPT if family == "opt" else TINY | {"head_dim": 8, "sliding_window": 3}
+                config = AutoConfig.for_model(family, vocab_size=40, **options)
+                model = AutoModelForCausalLM.from_config(config).to(home)
+                if way in ("shared", "tied", "learned"):
+                    Q = slicegpt.shared_rotation(model, tokens, device=device)[:, :8]
+                    if way == "learned":
+                        Q = slicegpt.learn_rotation(model.to(device), tokens, Q, 2)
+                    slicegpt.rotate(model, Q, device)
+                    if way == "tied":
+                        slicegpt.tie_head(model, tokens)
+                else:
+                    slicegpt.slice_model(
+                        model, tokens, 0.5, device=device, signal="output" if way == "output" else "input",
+                        discard_variance=0.1 if way == "variance" else None)
+                model.to(device)(tokens.to(device), use_cache=False)
+            assert {W.device for W in model.parameters()} == {device}
+            assert model.get_input_embeddings().embedding_dim == 8
+            print(family, home, way, flush=True)
+"""
+
+
+def test_every_tensor_is_on_the_device_where_it_is_used():
+    """On a device that exists in Python only, whose tensors have no values: one that is elsewhere is an error."""
+    process = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
+    assert process.stdout.count("\n") == 46, process.stderr[-3000:]  # it may crash as it ends
+
+
 # ---- Models larger than memory --------------------------------------------------------------------------------------
 
 @every_family(st.sampled_from(WAYS))
@@ -1469,15 +1531,15 @@ def test_the_program_as_a_process(tiny, tmp_path):
     assert good.returncode == 0 and "mod?le" in good.stdout, good.stderr
 
 
-WRONG = ["-1", "0", "1", "2", "0.5", "8", "33", "nan", "inf", "1e9", "", "\u00e9", "shared", "tied", "full", "output", "cpu",
-         *(f"{{path}}/{name}" for name in ("model", "tied", "sliced", "adapters", "few", "text", "short", "nothing",
-                                           "rows.csv", "latin", "nowhere", ""))]
+WRONG = ["-1", "0", "1", "2", "0.5", "8", "33", "nan", "inf", "1e9", "", "\u00e9", "shared", "tied", "full", "output",
+         "cpu", *(f"{{path}}/{name}" for name in ("model", "tied", "sliced", "adapters", "few", "text", "short", "nothing",
+                                                  "rows.csv", "latin", "nowhere", ""))]
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(st.sampled_from("model calibration eval samples eval-samples seqlen batch-size seed dtype device "
-                                       "sparsity params discard-variance round-to signal head rotation learn "
-                                       "prompt".split()), st.sampled_from(WRONG), min_size=1, max_size=3))
+@given(st.dictionaries(st.sampled_from(
+    "model calibration eval samples eval-samples seqlen batch-size seed dtype device sparsity params discard-variance "
+    "round-to signal head rotation learn prompt".split()), st.sampled_from(WRONG), min_size=1, max_size=3))
 def test_whatever_is_asked_is_done_or_refused_in_one_line(tiny, monkeypatch, wrong):
     path, options = tiny
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
