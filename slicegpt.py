@@ -879,6 +879,18 @@ def stock_config(config, d: int):
     return AutoConfig.for_model(kind, **values)
 
 
+def limits(config) -> str:
+    """What is known not to run a standard checkpoint: llama.cpp refuses some, and computes something else of others."""
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    for wrong, holds in (("has no head beside a Gemma's embedding", config.model_type == "gemma"),
+                         ("refuses such a Qwen2", config.model_type == "qwen2"),
+                         ("does not know windows in a Mistral", getattr(config, "sliding_window", None)),
+                         ("does not know longrope in a Mistral", rotary == "longrope")):
+        if holds:
+            return f" for transformers (llama.cpp {wrong})"
+    return ""
+
+
 def dimension_for(config, params: float, round_to: int, rotation: str = "block", head: str = "sliced") -> int:
     """The largest d, a multiple of `round_to`, whose sliced network has at most the share `params` of all parameters.
 
@@ -1439,8 +1451,8 @@ def run(args):
                 save(model, it.tokenizer, it.save)
             report(it, figures)
             if it.save:
-                print(f"\nsaved to {it.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else
-                                                   f"an ordinary {model.config.model_type} model"))
+                kind = f"an ordinary {model.config.model_type} model" + limits(model.config)
+                print(f"\nsaved to {it.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else kind))
     if it.stream:
         shutil.rmtree(it.work)
     if failure:

@@ -802,6 +802,8 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
             assert_same(logits(loaded, batch), expected)
         assert type(loaded).__module__.startswith("transformers.models.") and loaded.config.hidden_size == d
         assert not hasattr(loaded.config, "slicegpt") and not hasattr(loaded.config, "auto_map")
+        runs = loaded.config.model_type not in ("gemma", "qwen2") and not getattr(loaded.config, "sliding_window", None)
+        assert (slicegpt.limits(loaded.config) == "") == runs
         slice_model(loaded, random_tokens(8, 12), 0.5, round_to=1)  # further, with shortcuts
         assert standard(loaded) == (loaded, "it has shortcuts")
 
@@ -1532,8 +1534,8 @@ def test_the_program_as_a_process(tiny, tmp_path):
 
 
 WRONG = ["-1", "0", "1", "2", "0.5", "8", "33", "nan", "inf", "1e9", "", "\u00e9", "shared", "tied", "full", "output",
-         "cpu", *(f"{{path}}/{name}" for name in ("model", "tied", "sliced", "adapters", "few", "text", "short", "nothing",
-                                                  "rows.csv", "latin", "nowhere", ""))]
+         "cpu", "{path}/", "{path}/model", "{path}/tied", "{path}/sliced", "{path}/adapters", "{path}/few",
+         "{path}/text", "{path}/short", "{path}/nothing", "{path}/rows.csv", "{path}/latin", "{path}/nowhere"]
 
 
 @settings(max_examples=60)
