@@ -265,15 +265,15 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     at a time; by default where the model is. Raises SliceGPTError for bad arguments, or a signal that is not finite.
     """
     D, device = model.config.hidden_size, torch.device(device or model.device)
-    d = sliced_dimension(D, sparsity, round_to)
-    check_sliceable(model.config, calibration, discard_variance is None and (head == "sliced" or d == D))
+    d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None  # else each signal has its own
+    check_sliceable(model.config, calibration, one_width=d == D or d is not None and head == "sliced")
     fuse(model.eval())
     observe = last_norm(model) if signal == "output" else nn.Identity()  # fused, all norms are the same
 
     def cut(X: Tensor, stage: Stage | None) -> Tensor:
         """Q (D, d) of the signal X (samples, N, D), which becomes X Q Q^T."""
         eigenvalues, Q = map(agreed, pca(summed_covariance(X, stage, observe, batch_size, device)))  # Eq. 8
-        width = d if discard_variance is None else dimension_by_variance(eigenvalues, discard_variance, round_to)
+        width = d or dimension_by_variance(eigenvalues, discard_variance, round_to)
         Q = Q[:, :D if stage is None and head == "full" else width].contiguous()
         QQ = (Q @ Q.T).to(X.dtype)  # (D, D)
         for x in X.split(batch_size):
@@ -1397,12 +1397,12 @@ def prepare(args) -> argparse.Namespace:
          f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"))
     if dense:
         check_sliceable(it.config, it.calibration_tokens, one_width=args.head != "full" and not by_variance)
-        D = it.config.hidden_size
-        if args.params is None:
-            it.d = sliced_dimension(D, 0.25 if args.sparsity is None else args.sparsity, it.round_to)
-        else:
+        D, it.d = it.config.hidden_size, None
+        if args.params is not None:
             it.d = dimension_for(it.config, args.params, it.round_to, it.rotation, args.head)
-        it.sparsity = None if by_variance else 1 - it.d / D
+        elif not by_variance:
+            it.d = sliced_dimension(D, 0.25 if args.sparsity is None else args.sparsity, it.round_to)
+        it.sparsity = it.d and 1 - it.d / D
     if args.stream:
         it.work = args.save.resolve()
         it.work = it.work / ".unfinished" if it.work.exists() else it.work.with_name(f".{it.work.name}.unfinished")

@@ -692,6 +692,12 @@ def test_slicing_by_variance_keeps_the_least_dimensions_that_discard_no_more(mod
     assert [X.shape[1] for X in signals(model, tokens)] == dimensions
 
 
+def test_slicing_by_variance_asks_for_no_sparsity():
+    """Three quarters of 16 dimensions are no multiple of 16, all of them are."""
+    model = slice_model(tiny_network(), random_tokens(8, 12), discard_variance=0.1, round_to=16)
+    assert model.config.slicegpt["dimensions"] == [16] * 5
+
+
 # ---- Beyond the paper -----------------------------------------------------------------------------------------------
 
 @every_family()
