@@ -480,20 +480,19 @@ ARCHITECTURES = {  # by the config's model_type
 
 def architecture(config) -> Architecture:
     """The row of the table for a Hugging Face config. Raises SliceGPTError, with the reason, if it cannot be sliced."""
-    reasons = [reason for flags, reason in (
-        ("is_encoder_decoder", "it is an encoder-decoder"),
-        ("add_cross_attention", "it has cross-attention"),
-        ("num_experts num_local_experts n_routed_experts", "it is a mixture of experts"),
-        ("_remove_final_layer_norm", "it has no last norm"),
-    ) if any(getattr(config, flag, None) for flag in flags.split())]
-    if getattr(config, "quantization_config", None) and not hasattr(config, "slicegpt"):
-        reasons.append("its weights are quantised (slice the original and quantise the result)")
-    if not getattr(config, "do_layer_norm_before", True):
-        reasons.append("it normalises behind its blocks (post-norm), and such a signal cannot be rotated")
-    if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
-        reasons.append("its embedding is projected")
-    if config.model_type not in ARCHITECTURES:
-        reasons.append("its architecture is not known here")
+    has = vars(config).get
+    reasons = [reason for reason, holds in (
+        ("it is an encoder-decoder", has("is_encoder_decoder")),
+        ("it has cross-attention", has("add_cross_attention")),
+        ("it is a mixture of experts", has("num_experts") or has("num_local_experts") or has("n_routed_experts")),
+        ("it has no last norm", has("_remove_final_layer_norm")),
+        ("its weights are quantised (slice the original and quantise the result)",
+         has("quantization_config") and not has("slicegpt")),
+        ("it normalises behind its blocks (post-norm), and such a signal cannot be rotated",
+         not has("do_layer_norm_before", True)),
+        ("its embedding is projected", has("word_embed_proj_dim") not in (None, has("hidden_size"))),
+        ("its architecture is not known here", config.model_type not in ARCHITECTURES),
+    ) if holds]
     if reasons:
         raise SliceGPTError(f"cannot slice a {config.model_type} model like this: {', and '.join(reasons)}. "
                             f"Can be sliced: {', '.join(ARCHITECTURES)}")
