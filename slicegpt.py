@@ -1364,22 +1364,16 @@ def prepare(args) -> argparse.Namespace:
     a stream, and the options that decide on its result. Raises SliceGPTError for options that cannot go together.
     """
     shared, by_variance = args.rotation == "shared" or bool(args.learn), args.discard_variance is not None
-
-    def refuse(*cases):
-        for wrong, message in cases:
-            if wrong:
-                raise SliceGPTError(message)
-
-    refuse(  # before anything is read, or downloaded
-        (shared and (args.head == "full" or by_variance or args.signal == "output"),
-         "one rotation has one dimension throughout, from the dense network: it goes with neither --head full, "
-         "--discard-variance nor --signal output"),
-        (args.stream and (not args.save or args.learn or dist.is_initialized()),
-         "--stream needs --save, and goes with neither --learn nor torchrun"),
-        (args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")),
-         f"--stream needs .safetensors files, which can be mapped into memory, and {args.model} has none"),
-        (args.report and not args.report.parent.is_dir(),
-         f"cannot write {args.report}: there is no directory {args.report and args.report.parent}"))
+    if shared and (args.head == "full" or by_variance or args.signal == "output"):
+        raise SliceGPTError("one rotation has one dimension throughout, from the dense network: it goes with neither "
+                            "--head full, --discard-variance nor --signal output")
+    if args.stream and (not args.save or args.learn or dist.is_initialized()):
+        raise SliceGPTError("--stream needs --save, and goes with neither --learn nor torchrun")
+    if args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")):
+        raise SliceGPTError("--stream needs .safetensors files, which can be mapped into memory, and "
+                            f"{args.model} has none")
+    if args.report and not args.report.parent.is_dir():
+        raise SliceGPTError(f"cannot write {args.report}: there is no directory {args.report.parent}")
     if args.finetune:
         optional("peft")
     if args.save:
@@ -1388,12 +1382,11 @@ def prepare(args) -> argparse.Namespace:
     with failing(f"cannot continue the prompt {args.prompt!r}"):
         check_tokens(it.config, torch.tensor(it.tokenizer(args.prompt).input_ids))
     dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
-    refuse(
-        (dense and args.head == "tied" and not it.config.tie_word_embeddings,
-         "--head tied is for models whose head and embedding are one matrix"),
-        (not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to) != (None, None, 8) or
-                        (args.head, args.signal) != ("sliced", "input")),
-         f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"))
+    if dense and args.head == "tied" and not it.config.tie_word_embeddings:
+        raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
+    if not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to, args.head, args.signal) !=
+                      (None, None, 8, "sliced", "input")):
+        raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
     if dense:
         check_sliceable(it.config, it.calibration_tokens, one_width=args.head != "full" and not by_variance)
         D, it.d = it.config.hidden_size, None
