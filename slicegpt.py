@@ -655,12 +655,12 @@ def descend(weights: list, batches, loss_of, learning_rate: float, label: str):
 
 
 def train(model, batches, learning_rate: float, label: str):
-    """Trains what is not frozen on each batch of tokens (B, N) once, see `descend`; leaves the model in eval mode."""
+    """Trains what is not frozen by `descend`; the processes share each batch of tokens (B, N). Ends in eval mode."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
 
     def loss_of(batch):
-        batch = batch.to(model.device)
+        batch = share(batch).to(model.device)
         return network(batch, labels=batch, use_cache=False).loss
 
     model.train()
@@ -681,10 +681,7 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=32, lora_alpha=10, target_modules=targets))
-        batches = tokens.split(batch_size)
-        if dist.is_initialized():  # as many for each process, some twice if they do not come out even
-            rank, size = dist.get_rank(), dist.get_world_size()
-            batches = [batches[i % len(batches)] for i in range(rank, math.ceil(len(batches) / size) * size, size)]
+        batches = tokens.split(batch_size * (dist.get_world_size() if dist.is_initialized() else 1))
         if model.device.type == "cuda":
             model.activation_checkpointing_enable({"use_reentrant": False})
         try:
