@@ -620,9 +620,10 @@ def generate(model, tokenizer, prompt: str, device=None) -> str:
     """The prompt, continued by 40 tokens, or as many as the model has positions for, each the likeliest."""
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device or model.device)
     length = min(tokens.shape[1] + 40, positions(model.config))
-    output = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_length=length, do_sample=False,
-                            pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    if length > tokens.shape[1]:
+        tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_length=length, do_sample=False,
+                                pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def parameters(model) -> int:

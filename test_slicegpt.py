@@ -571,6 +571,10 @@ def test_cached_generation_equals_uncached(model, seed):
     assert_same(torch.stack(cached.scores), torch.stack(uncached.scores), 1e-9)
 
 
+def test_a_prompt_that_takes_all_positions_is_not_continued():
+    assert slicegpt.generate(tiny_network(), tiny_tokenizer(), "a" * 32).replace(" ", "") == "a" * 32
+
+
 def test_texts_become_pieces_of_tokens():
     tokenizer, text = tiny_tokenizer(), "abcdefghijklmnopqrstuvwxyz" * 3
     everything = tokenize(tokenizer, text, 10)
