@@ -1278,6 +1278,7 @@ def number(kind, least, below=math.inf):
             limit = f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} must be at least {least}{limit}")
         return kind(text)
+    parse.__name__ = kind.__name__  # argparse: invalid int value
     return parse
 
 
@@ -1291,7 +1292,7 @@ def add_inputs(add):
     add("--eval-samples", type=number(int, 1), help="evaluation sequences (default: all of the text)")
     add("--seqlen", type=number(int, 2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
     add("--batch-size", type=number(int, 1), default=8, help="calibration sequences at a time (default: 8)")
-    add("--seed", type=int, default=0, help="chooses the calibration sequences (default: 0)")
+    add("--seed", type=number(int, -2**63, 2**63), default=0, help="chooses the calibration sequences (default: 0)")
     add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="default: float32 on a CPU, else stored")
     add("--device", help="default: cuda, if there is one")
 

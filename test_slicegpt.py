@@ -1447,6 +1447,8 @@ BAD_INPUT = [
     ("--sparsity 1", "must be at least 0 and below 1"),
     ("--colour red", "unrecognized arguments"),
     ("--samples 0", "argument --samples: 0 must be at least 1"),
+    ("--samples few", "argument --samples: invalid int value: 'few'"),
+    (f"--seed {2**63}", f"argument --seed: {2**63} must be at least {-2**63} and below {2**63}"),
     ("--model facebook/opt-125m", "without a network, there are local directories, and demo"),
     ("--model ./nowhere", "cannot load ./nowhere: there is no such file or directory"),
     ("--model {path}", "cannot load {path}"),
