@@ -768,23 +768,21 @@ def projected(model, Q: Tensor):
     Z Q is written instead of Z, and X Q^T read instead of X. Of what is computed within a layer nothing is kept for the
     gradient; it is computed again.
     """
-    of_layer = {}
-    for stage in stages(model):
-        of_layer.setdefault(stage.layer, []).append(stage)
+    of_all_layers = stages(model)
 
     def forward(layer, X, *args, **kwargs):
-        for stage in of_layer[layer]:
-            X = X + stage(X @ Q.T, *args, **kwargs) @ Q
+        for stage in of_all_layers:
+            if stage.layer is layer:
+                X = X + stage(X @ Q.T, *args, **kwargs) @ Q
         return X
 
-    hooks = [module.register_forward_hook(lambda module, inputs, X: X @ Q) for module in embeddings(model)]
-    hooks.append(model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: inputs[0] @ Q.T))
-    try:
-        with layers_do(partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False), model):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for embedding in embeddings(model):
+            hooks.enter_context(embedding.register_forward_hook(lambda module, inputs, X: X @ Q))
+        lm_head = model.get_output_embeddings()
+        hooks.enter_context(lm_head.register_forward_pre_hook(lambda module, inputs: inputs[0] @ Q.T))
+        hooks.enter_context(layers_do(partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False), model))
+        yield
 
 
 @torch.no_grad()
