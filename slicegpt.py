@@ -437,7 +437,7 @@ class Architecture:
     norm: str
     attention: Block
     ffn: Block
-    parallel: bool | str = False  # do both blocks read the same signal? Or the config's flag that says so
+    parallel: bool = False  # do both blocks read the same signal? (A config's use_parallel_residual goes before)
     norm_offset: float = 0.0  # added to the stored scale of a norm
     one_width: bool = False  # does the model's own forward take the last signal to be as wide as the first?
 
@@ -474,7 +474,7 @@ ARCHITECTURES = {  # by the config's model_type
     "gpt_neox": Architecture(
         "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm",
         Block("input_layernorm", "attention", "attention.query_key_value", "attention.dense", attention=True),
-        Block("post_attention_layernorm", "mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), "use_parallel_residual"),
+        Block("post_attention_layernorm", "mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
 }
 
 
@@ -503,7 +503,7 @@ def stages(model) -> list[Stage]:
     """All stages in the order in which the signal meets them: in a layer attention, then FFN, or both in parallel."""
     parts = architecture(model.config)
     of_layer = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
-    if parts.parallel is True or parts.parallel and getattr(model.config, parts.parallel):
+    if getattr(model.config, "use_parallel_residual", parts.parallel):
         of_layer = [((parts.attention, parts.ffn), "shortcut")]
     return [Stage(layer, number, *of_stage) for number, layer in enumerate(layers(model)) for of_stage in of_layer]
 
