@@ -1525,7 +1525,7 @@ def main(argv=None) -> int:
             stream.reconfigure(errors="replace")
     try:
         args = parse_arguments(argv)
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
+        if dist.is_torchelastic_launched():
             dist.init_process_group()
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
