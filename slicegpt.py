@@ -796,11 +796,11 @@ def tie_head(model, calibration: Tensor | None = None):
     """
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     E, W = matrix(embedding), matrix(lm_head)
+    PE = E / len(E)
+    if calibration is not None:
+        PE += torch.bincount(calibration.flatten(), minlength=len(E)).to(E)[:, None] / calibration.numel() * E
     B = nn.Linear(len(W), E.shape[1], bias=False, dtype=model.dtype, device=model.device)
-    if not W.is_meta:  # else there are only shapes
-        counts = torch.bincount((torch.arange(0) if calibration is None else calibration).flatten(), minlength=len(E))
-        PE = (counts / counts.sum().clamp_min(1) + 1 / len(E)).to(E)[:, None] * E
-        set_matrix(B, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True), None)
+    set_matrix(B, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True), None)
     model.set_submodule(architecture(model.config).norm, nn.Sequential(last_norm(model), B))
     lm_head.in_features, lm_head.weight = E.shape[1], embedding.weight
     model.config.slicegpt["tied"] = model.config.tie_word_embeddings = True
