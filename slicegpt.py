@@ -954,7 +954,8 @@ WORK: ContextVar[Path | None] = ContextVar("the directory of `larger_than_memory
 def larger_than_memory(work: Path, options: dict):
     """Inside, signals and new weights are in files in the directory `work`; it is left there, for the next process.
 
-    `walk` goes on where an earlier process with the same options died, and all comes to the same result, bit for bit.
+    A directory is for one `walk`, of one model: that goes on where an earlier process with the same options died, and
+    comes to the same result, bit for bit.
     Raises SliceGPTError if what is there was begun with other options, or if the disk refuses.
     """
     begun = work / "options.json"
@@ -1042,8 +1043,8 @@ class SlicedForCausalLM:
     def save_pretrained(self, path, *args, **kwargs):
         """Hugging Face's own; and this file, which AutoModelForCausalLM runs to load the model again.
 
-        Where nothing was deleted, transformers' own class would load the weights, too, and compute something else
-        (there are no shortcuts in it): it stumbles over a norm with a weight of no size.
+        Where nothing was deleted, transformers' own class could load the weights, too, and would leave out the
+        shortcuts. So the last norm is saved with a weight of no size, at which that class stops, and ours does not.
         """
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         weights = weights | {architecture(self.config).norm + ".weight": torch.empty(0)}
