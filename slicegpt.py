@@ -264,6 +264,8 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     whose signal keeps all D dimensions. batch_size: sequences at a time. device: where to compute, with one layer there
     at a time; by default where the model is. Raises SliceGPTError for bad arguments, or a signal that is not finite.
     """
+    if signal not in ("input", "output") or head not in ("sliced", "full"):
+        raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
     D, device = model.config.hidden_size, torch.device(device or model.device)
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None  # else each signal has its own
     check_sliceable(model.config, calibration, one_width=d == D or d is not None and head == "sliced")

@@ -1360,6 +1360,7 @@ def test_slice_model_refuses_bad_arguments():
     for refused, message in (
             *((partial(slice_model, model, tokens, wrong), "at least 0 and below 1") for wrong in (-0.1, 1, math.nan)),
             (partial(slice_model, model, tokens, 0.9), "leaves none"),
+            (partial(slice_model, model, tokens, head="tied"), "head is sliced or full, not input and tied"),
             (partial(slice_model, model, random_tokens(1, 33)), "longer than the model's 32 positions"),
             (partial(slice_model, gpt2, tokens, head="full"), "a gpt2's last signal must be as wide as its first"),
             (partial(slice_model, gpt2, tokens, discard_variance=0.1), "a gpt2's last signal must be as wide"),
