@@ -1031,8 +1031,8 @@ class SlicedForCausalLM:
     _keys_to_ignore_on_load_unexpected = [r"(norm|ln_f)\.weight$"]  # see `save_pretrained`
 
     def __init__(self, config, *args, **kwargs):
-        shape = vars(config).pop("slicegpt")  # until the model has it
-        quantised = vars(config).pop("quantization_config", None)  # when its weights have come, they will be
+        config = copy.deepcopy(config)  # of a dense model, until this one is sliced and its weights are quantised
+        shape, quantised = (vars(config).pop(name, None) for name in ("slicegpt", "quantization_config"))
         super().__init__(config, *args, **kwargs)
         fuse(self)  # transformers builds models without data, on the meta device: these lines only set shapes
         Qs = [torch.eye(config.hidden_size, d) for d in shape["dimensions"]]

@@ -362,6 +362,8 @@ def test_two_models_may_come_from_one_config():
     slice_model(first, random_tokens(8, 12), 0.5)
     rotate(second, random_rotation(16, 0))
     assert_same(logits(second, batch), expected)
+    third = type(first)(first.config)
+    assert third.config.slicegpt == first.config.slicegpt and third.config is not first.config
     assert min(first.config.slicegpt["dimensions"]) == 8 and all(
         module.config is first.config for module in first.modules() if hasattr(module, "config"))
 
