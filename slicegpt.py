@@ -377,10 +377,7 @@ def summed_covariance(X: Tensor, stage: Stage | None, observe: nn.Module, batch_
 
 
 def pca(C: Tensor) -> tuple[Tensor, Tensor]:
-    """Section 3.3: eigenvalues (D,) of a covariance C (D, D), largest first, and eigenvectors, the columns of Q (D, D).
-
-    In double precision, as the paper asks for (appendix A.2).
-    """
+    """3.3: the eigenvalues (D,) of C (D, D), largest first, and its eigenvectors Q (D, D), in float64 (see A.2)."""
     eigenvalues, Q = torch.linalg.eigh(C.double())
     return eigenvalues.flip(0), Q.flip(1)
 
@@ -698,9 +695,8 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
 
 # ---- Beyond the paper -----------------------------------------------------------------------------------------------
 #
-# Nothing in this section is in the paper. With one rotation for all blocks there are no shortcuts, and a sliced Llama
-# is a Llama again (`standard`). That rotation can be learned from what the dense network predicts. And the head can go
-# on sharing the embedding's matrix.
+# Nothing in this section is in the paper: one rotation for all blocks, which needs no shortcuts and can be learned from
+# what the dense network predicts; a head that shares the embedding's matrix; models without any code of ours.
 
 @torch.no_grad()
 def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> Tensor:
@@ -915,10 +911,7 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
 # ---- Several processes (torchrun) -----------------------------------------------------------------------------------
 
 def share(samples: Tensor) -> Tensor:
-    """This process's part of the samples.
-
-    If there are fewer than processes, each takes all of them: more of the same changes no Q and no mean.
-    """
+    """This process's part of the samples; all, if there are too few: more of the same changes no Q and no mean."""
     if not dist.is_initialized() or len(samples) < dist.get_world_size():
         return samples
     return samples.tensor_split(dist.get_world_size())[dist.get_rank()]
@@ -1152,9 +1145,8 @@ def describe(name) -> tuple:
 def save(model, tokenizer, path):
     """Writes a directory that `load` reads back bit for bit, as does AutoModelForCausalLM.
 
-    It has Hugging Face's files and, for a model of ours, a copy of this one, which AutoModelForCausalLM needs
-    trust_remote_code=True to run. Nothing gets its name before all is written. Raises SliceGPTError if something is
-    there, or if the disk refuses.
+    It has Hugging Face's files and, for a model of ours, a copy of this one, run with trust_remote_code=True. Nothing
+    gets its name before all is written. Raises SliceGPTError if something is there, or if the disk refuses.
     """
     path = Path(path).resolve()
     folder = unfinished(path)
