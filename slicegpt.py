@@ -947,7 +947,7 @@ WORK: ContextVar[Path | None] = ContextVar("the directory of `larger_than_memory
 
 @contextlib.contextmanager
 def larger_than_memory(work: Path, options: dict):
-    """Inside, signals and new weights are in files in the directory `work`; it is left there, for the next process.
+    """Inside, signals and new weights are in files in the directory `work`; it goes at the end, but not by an error.
 
     A directory is for one `walk`, of one model: that goes on where an earlier process with the same options died, and
     comes to the same result, bit for bit.
@@ -969,6 +969,7 @@ def larger_than_memory(work: Path, options: dict):
         yield
     finally:
         WORK.reset(token)
+    shutil.rmtree(work)
 
 
 def allocate(shape, dtype, pinned: bool = False) -> Tensor:
@@ -1437,8 +1438,6 @@ def run(args):
             if it.save:
                 kind = f"an ordinary {model.config.model_type} model" + limits(model.config)
                 print(f"\nsaved to {it.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else kind))
-    if it.stream:
-        shutil.rmtree(it.work)
     if failure:
         raise failure
 
