@@ -156,6 +156,7 @@ def rotate(model, Q: Tensor | list[Tensor], device=None):
         raise SliceGPTError("its head is tied to its embedding, which can be rotated before that only")
     if [len(Q) for Q in Qs] != shape["dimensions"]:
         raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows, not {[len(Q) for Q in Qs]}")
+    check_width(model.config, Qs[0].shape[1] == Qs[-1].shape[1])
     Q_in = Qs[0].to(device or model.device, torch.float64)
     for embedding in embeddings(model):
         rotate_writer(embedding, Q_in)
@@ -417,6 +418,10 @@ def check_sliceable(config, calibration: Tensor, one_width: bool = True):
     shape = getattr(config, "slicegpt", None)
     if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
         raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
+    check_width(config, one_width)
+
+
+def check_width(config, one_width: bool):
     if architecture(config).one_width and not one_width:
         raise SliceGPTError(f"a {config.model_type}'s last signal must be as wide as its first: it can have neither a "
                             "full head nor dimensions chosen by variance")
@@ -562,9 +567,9 @@ HUB_TEXTS = {  # name: data set and configuration, with columns `text`
 def read_text(name: str, evaluation: bool) -> str:
     """A text to calibrate on, or one to evaluate on: wikitext2, alpaca, pydoc, or the path of a file.
 
-    The file is a UTF-8 text, or a .json, .jsonl, .csv or .parquet with a column `text`, compressed or not. Of a data
-    set without a test split, random 80% are for calibration and 10% for evaluation, always the same, as in the authors'
-    code. pydoc is the language reference that ships with CPython; every tenth of its topics is kept for evaluation.
+    The file is a UTF-8 text, or a .json, .jsonl, .csv or .parquet with a column `text`, which may be compressed (.gz).
+    Of a data set without a test split, random 80% are for calibration and 10% for evaluation, always the same, as in
+    the authors' code. pydoc is the language reference that ships with CPython; a tenth of it is kept for evaluation.
     """
     if name == "pydoc":
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -1107,7 +1112,8 @@ def load(name, dtype="auto", device="cpu", **options):
     a model to use and not to slice, which then goes wherever accelerate finds room. Raises SliceGPTError if there is no
     such model, and, before its weights are read, if it cannot be sliced.
     """
-    config, tokenizer, path, files = describe(name)
+    config, tokenizer, path, files = describe(name, **{key: options[key] for key in ("revision", "token", "cache_dir")
+                                                       if key in options})
     if name == "demo" and not path.exists():
         train_demo(path, config, tokenizer)
     with failing(f"cannot load {name}"):
@@ -1121,7 +1127,7 @@ def load(name, dtype="auto", device="cpu", **options):
         return model if "device_map" in options else model.to(device), tokenizer
 
 
-def describe(name) -> tuple:
+def describe(name, **options) -> tuple:
     """(config, tokenizer, path, how to call a .gguf file) of what `load` takes; reads and trains no weights."""
     path, files = str(name), {}
     if path == "demo":
@@ -1138,9 +1144,9 @@ def describe(name) -> tuple:
         raise SliceGPTError(f"cannot load {path}: it has adapters; merge them into the model first (merge_and_unload)")
     hint = "" if os.path.exists(path) else "without a network, there are local directories, and demo"
     with failing(f"cannot load {name}", hint):
-        config = AutoConfig.from_pretrained(path, **files)
+        config = AutoConfig.from_pretrained(path, **files, **options)
         architecture(config)
-        return config, AutoTokenizer.from_pretrained(path, **files), path, files
+        return config, AutoTokenizer.from_pretrained(path, **files, **options), path, files
 
 
 def save(model, tokenizer, path):
@@ -1326,7 +1332,9 @@ def find_device(name: str | None) -> torch.device:
     """The device of this name; by default an accelerator, if there is one. Raises SliceGPTError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with failing(f"cannot use --device {name}"):
-        return torch.empty(0, device=name).device
+        zero = torch.zeros(1, device=name)
+        zero.tolist()  # a device that has no values is none to compute on
+        return zero.device
 
 
 def read_inputs(args) -> argparse.Namespace:

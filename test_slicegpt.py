@@ -1312,6 +1312,16 @@ def test_transformers_alone_loads_a_saved_model(tmp_path):
     load(tmp_path / "once more")
 
 
+def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, monkeypatch):
+    seen = []
+    for auto in (transformers.AutoConfig, transformers.AutoTokenizer):
+        method = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda path, method=method, **options: (
+            seen.append(options.get("revision")), method(path, **options))[1])
+    load(checkpoint(tiny_network(), tmp_path), revision="a")
+    assert set(seen) == {"a"}
+
+
 @needs("accelerate")
 @pytest.mark.parametrize("family, tied", [("llama", False), ("opt", True), ("phi", False)])
 def test_a_sliced_model_is_spread_over_memory_and_disk(tmp_path, family, tied):
@@ -1366,6 +1376,7 @@ def test_slice_model_refuses_bad_arguments():
             (partial(slice_model, model, random_tokens(1, 33)), "longer than the model's 32 positions"),
             (partial(slice_model, gpt2, tokens, head="full"), "a gpt2's last signal must be as wide as its first"),
             (partial(slice_model, gpt2, tokens, discard_variance=0.1), "a gpt2's last signal must be as wide"),
+            (partial(rotate, copy.deepcopy(gpt2), [torch.eye(16)[:, :8]] * 4 + [torch.eye(16)]), "must be as wide"),
             (partial(slice_model, sliced_network(), tokens), "sliced already"),
             (partial(slice_model, tied, tokens), "sliced already"),
             (partial(rotate, tied, random_rotation(16, 0)), "its head is tied")):
@@ -1471,6 +1482,7 @@ BAD_INPUT = [
     ("--save {path}/model", "exists and is not an empty directory"),
     ("--report {path}/nowhere/report.json", "there is no directory"),
     ("--device toaster", "--device"),
+    ("--device meta", "cannot use --device meta"),
     ("--model demo --sparsity 0.999", "leaves none"),  # said before it is trained
     ("--model demo --seqlen 256 --eval {path}/short", "too few for one sequence of 256"),
 ]
