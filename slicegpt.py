@@ -26,6 +26,7 @@ import bisect
 import contextlib
 import copy
 import ctypes
+import glob
 import hashlib
 import importlib
 import json
@@ -553,7 +554,7 @@ def set_matrix(module, W: Tensor, bias: Tensor | None):
         module.in_features, module.out_features, W = inputs, outputs, W.T
     if bias is not None:
         module.bias = nn.Parameter(stored(bias, like=module.weight))
-    module.weight.data = stored(W, like=module.weight)
+    module.weight.data, module.weight.grad = stored(W, like=module.weight), None
 
 
 # ---- 4 Experiments: texts, perplexity, generation, recovery fine-tuning ---------------------------------------------
@@ -585,7 +586,7 @@ def read_text(name: str, evaluation: bool) -> str:
                 splits = {"train": halves["train"], "test": halves["test"].train_test_split(0.5, seed=42)["test"]}
             rows = splits["test" if evaluation else "train"]
         elif kind and Path(name).is_file():
-            rows = optional("datasets").load_dataset(kind, data_files=name, split="train")
+            rows = optional("datasets").load_dataset(kind, data_files=glob.escape(name), split="train")
         else:
             return Path(name).read_text(encoding="utf-8")
         return "\n\n".join(text or "" for text in rows["text"])
@@ -607,9 +608,11 @@ def tokenize(tokenizer, text: str, seqlen: int, samples: int | None = None, seed
 def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None) -> float:
     """Section 4: exp of the mean negative log likelihood, in nats, of tokens (samples, seqlen), but each first one.
 
-    batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
+    batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large. Sets the
+    model to eval mode.
     """
     device, mine = device or model.device, share(tokens)
+    model.eval()
     loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in progress(mine.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", unit="batch"):
         batch = batch.to(device)
@@ -624,10 +627,11 @@ def generate(model, tokenizer, prompt: str, device=None) -> str:
     """The prompt, continued by 40 tokens, or as many as the model has positions for, each the likeliest."""
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device or model.device)
     length = min(tokens.shape[1] + 40, positions(model.config))
-    if length > tokens.shape[1]:
-        tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_length=length, do_sample=False,
-                                pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    with failing(f"cannot continue the prompt {prompt!r}"):  # a checkpoint's own settings can be wrong
+        if length > tokens.shape[1]:
+            tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_length=length, do_sample=False,
+                                    pad_token_id=tokenizer.eos_token_id)
+        return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def parameters(model) -> int:
@@ -790,13 +794,16 @@ def projected(model, Q: Tensor):
 
 @torch.no_grad()
 def tie_head(model, calibration: Tensor | None = None):
-    """Gives a fused model, in place, the embedding's matrix back as its head, with a small matrix B in front.
+    """Gives a model, in place, the embedding's matrix back as its head, with a small matrix B in front.
 
     Fusing and slicing leave a head W (d, V) that is no longer the embedding E (V, d), but is still made of it:
     W ~ B E^T with B = W P E (E^T P E)^-1 (d, d), a least squares fit over the vocabulary. The diagonal P weighs each
     token by its share of the calibration tokens, if there are any, plus 1 / V. For models whose embedding and head
-    were one matrix; a small model has much of its size there.
+    were one matrix; a small model has much of its size there. Fuses it if need be; a head that is tied stays.
     """
+    fuse(model)
+    if model.config.slicegpt.get("tied"):
+        return
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     E, W = matrix(embedding), matrix(lm_head)
     PE = E / len(E)
@@ -870,7 +877,8 @@ def stock_config(config, d: int):
         kind, values["attention_bias"] = "llama", True
     elif kind == "llama" and d % heads and not (config.attention_bias or config.mlp_bias):
         kind, values["sliding_window"] = "mistral", None
-    elif kind == "phi3" and config.rope_parameters.get("partial_rotary_factor", 1) == 1:
+    elif kind == "phi3" and config.rope_parameters.get("partial_rotary_factor", 1) == 1 and (
+            config.rope_parameters["rope_type"] != "longrope"):  # whose cache no other class renews
         kind = "mistral"
     if kind != config.model_type:
         values = {key: values[key] for key in AutoConfig.for_model(kind).to_dict().keys() & values.keys()}
@@ -879,11 +887,9 @@ def stock_config(config, d: int):
 
 def limits(config) -> str:
     """What is known not to run a standard checkpoint: llama.cpp refuses some, and computes something else of others."""
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     for wrong, holds in (("has no head beside a Gemma's embedding", config.model_type == "gemma"),
                          ("refuses such a Qwen2", config.model_type == "qwen2"),
-                         ("does not know windows in a Mistral", getattr(config, "sliding_window", None)),
-                         ("does not know longrope in a Mistral", rotary == "longrope")):
+                         ("does not know windows in a Mistral", getattr(config, "sliding_window", None))):
         if holds:
             return f" for transformers (llama.cpp {wrong})"
     return ""
@@ -958,13 +964,15 @@ def larger_than_memory(work: Path, options: dict):
     comes to the same result, bit for bit.
     Raises SliceGPTError if what is there was begun with other options, or if the disk refuses.
     """
-    begun = work / "options.json"
-    with failing(f"cannot save to {work}"):
+    begun, fcntl = work / "options.json", importlib.import_module("fcntl")
+    with failing(f"cannot save to {work}", "is another process at work there?"):
         work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # for as long as this process lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not begun.exists():
             (work / "unfinished").write_text(json.dumps(options))
             (work / "unfinished").replace(begun)
-    other = [name for name, value in json.loads(begun.read_text()).items() if options.get(name) != value]
+        other = [name for name, value in json.loads(begun.read_text()).items() if options.get(name) != value]
     if other:
         raise SliceGPTError(f"{work} was begun with other options ({', '.join(other)}); remove it to begin anew")
     with contextlib.suppress(OSError, AttributeError):  # glibc only: freed matrices go back to the system at once
@@ -974,6 +982,7 @@ def larger_than_memory(work: Path, options: dict):
         yield
     finally:
         WORK.reset(token)
+        lock.close()
     shutil.rmtree(work)
 
 
@@ -1012,9 +1021,10 @@ def resumed(X: Tensor) -> list[Tensor]:
     work = WORK.get()
     if work is None or not (work / "signal.pt").exists():
         return []
-    kept = torch.load(work / "signal.pt", mmap=True)
-    X.copy_(kept["X"])
-    return [torch.load(work / f"{i}.pt", mmap=True) for i in range(kept["found"])]
+    with failing(f"cannot go on from {work}", "remove it to begin anew"):
+        kept = torch.load(work / "signal.pt", mmap=True)
+        X.copy_(kept["X"])
+        return [torch.load(work / f"{i}.pt", mmap=True) for i in range(kept["found"])]
 
 
 # ---- Load and save, with Hugging Face's classes ---------------------------------------------------------------------
@@ -1047,6 +1057,8 @@ class SlicedForCausalLM:
         Where nothing was deleted, transformers' own class could load the weights, too, and would leave out the
         shortcuts. So the last norm is saved with a weight of no size, at which that class stops, and ours does not.
         """
+        if kwargs.get("push_to_hub"):
+            raise SliceGPTError("it would lack slicegpt.py on the hub: use push_to_hub() of the model")
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         weights = weights | {architecture(self.config).norm + ".weight": torch.empty(0)}
         super().save_pretrained(path, *args, state_dict=weights, **kwargs)
@@ -1124,6 +1136,8 @@ def load(name, dtype="auto", device="cpu", **options):
         model, found = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **files, **options)
         if missing := found["missing_keys"]:  # transformers would go on with random ones
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
+        if hasattr(config, "slicegpt") and (unknown := found["unexpected_keys"]):  # or without these
+            raise ValueError(f"{len(unknown)} weights are not known, among them {min(unknown)}")
         return model if "device_map" in options else model.to(device), tokenizer
 
 
@@ -1177,10 +1191,12 @@ def unfinished(path: Path) -> Path:
     Raises SliceGPTError if something else is there already, or if there can be nothing.
     """
     with failing(f"cannot save to {path}"):
+        path = Path(path).resolve()
         folder = path.with_name(f".{path.name}.{os.getpid()}")
         if path.exists():
-            folder = path / f".unfinished.{os.getpid()}"
-            if any(not file.name.startswith(".unfinished") for file in path.iterdir()):
+            folder, there = path / f".unfinished.{os.getpid()}", {file.name for file in path.iterdir()}
+            begun = {name for name in there if name.startswith(".unfinished")}
+            if there - begun and (not begun or "config.json" in there):  # else a process died while it moved files here
                 raise OSError("it exists and is not an empty directory")
         if WORK.get():
             folder = WORK.get() / "result"
@@ -1194,8 +1210,7 @@ def complete(folder: Path, source: str):
 
     The files of the tokenizer's `source`, a directory or hub id, that are missing here; and transformers 4's names.
     """
-    files = ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template*",
-             "generation_config.json"]
+    files = ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "generation_config.json"]
     if source and not os.path.isdir(source):
         with contextlib.suppress(Exception):  # without a network, or such a repository, there is no more than we have
             source = importlib.import_module("huggingface_hub").snapshot_download(source, allow_patterns=files)
@@ -1242,7 +1257,8 @@ def failing(what: str, hint: str = ""):
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join([first, *others[:first.endswith(":")]]).rstrip(".")
 
 
 def untrained_demo() -> tuple:
@@ -1284,14 +1300,14 @@ def number(kind, least, below=math.inf):
 
 def add_inputs(add):
     """The options that say what is sliced, by which text, and where; bench.py has them too."""
-    text = "wikitext2 (default), alpaca, pydoc (demo's default), a text file, or .json, .jsonl, .parquet with a `text`"
+    text = "wikitext2 (default), alpaca, pydoc (demo's default), a text file, or a .json, .csv, .parquet with a `text`"
     add("--model", default="demo", help="hub id, directory, .gguf file, or demo: trained on the spot (default)")
     add("--calibration", metavar="TEXT", help=text)
     add("--eval", metavar="TEXT", help="what perplexity is measured on; as --calibration")
     add("--samples", type=number(int, 1), default=128, help="calibration sequences (default: 128)")
     add("--eval-samples", type=number(int, 1), help="evaluation sequences (default: all of the text)")
     add("--seqlen", type=number(int, 2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
-    add("--batch-size", type=number(int, 1), default=8, help="calibration sequences at a time (default: 8)")
+    add("--batch-size", type=number(int, 1, 2**31), default=8, help="calibration sequences at a time (default: 8)")
     add("--seed", type=number(int, -2**63, 2**63), default=0, help="chooses the calibration sequences (default: 0)")
     add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="default: float32 on a CPU, else stored")
     add("--device", help="default: cuda, if there is one")
@@ -1378,8 +1394,11 @@ def prepare(args) -> argparse.Namespace:
     if args.finetune:
         optional("peft")
     if args.save:
-        unfinished(args.save.resolve()).rmdir()  # if that fails, it should fail now
+        unfinished(args.save).rmdir()  # if that fails, it should fail now
     it = read_inputs(args)
+    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # likewise
+        it.config.save_pretrained(folder)
+        it.tokenizer.save_pretrained(folder)
     with failing(f"cannot continue the prompt {args.prompt!r}"):
         check_tokens(it.config, torch.tensor(it.tokenizer(args.prompt).input_ids))
     dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
@@ -1403,9 +1422,12 @@ def prepare(args) -> argparse.Namespace:
             "model", "samples", "seqlen", "batch_size", "seed", "dtype", "device", "rotation", "d",
             "discard_variance", "round_to", "signal", "head")}
         it.deciding["calibration"] = hashlib.sha256(it.calibration_tokens.numpy()).hexdigest() if dense else ""
+        it.deciding["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
+                                  for file in sorted(Path(args.model).glob("*.safetensors"))]
     if args.finetune:
         it.finetune_tokens = tokenize(it.tokenizer, read_text(it.calibration, False),
                                       min(1024, positions(it.config)), args.finetune, args.seed)
+        it.finetune = len(it.finetune_tokens)
     return it
 
 
@@ -1417,11 +1439,11 @@ def run(args):
     def measure(name: str):
         D = model.config.hidden_size
         widths = sorted(set(getattr(model.config, "slicegpt", {}).get("dimensions", [D, D])[:-1]))  # but the head's
-        figures[name] = {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
-                         "parameters": parameters(model)}
+        column = {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
+                  "parameters": parameters(model)}
         with placed(model, it.device):
-            figures[name] |= {"perplexity": perplexity(model, it.evaluation_tokens, device=it.device),
-                              "text": generate(model, it.tokenizer, it.prompt, it.device)}
+            figures[name] = column | {"perplexity": perplexity(model, it.evaluation_tokens, device=it.device),
+                                      "text": generate(model, it.tokenizer, it.prompt, it.device)}
 
     with larger_than_memory(it.work, it.deciding) if it.stream else contextlib.nullcontext():
         for parameter in model.parameters():
@@ -1432,13 +1454,13 @@ def run(args):
             start = time.perf_counter()
             model, why = slice_as_asked(it, model)
             it.slice_seconds = time.perf_counter() - start
-        measure("sliced")
-        if it.finetune:
-            try:
+        try:
+            measure("sliced")
+            if it.finetune:
                 finetune(model.to(it.device), it.finetune_tokens, seed=it.seed)
                 measure("finetuned")
-            except (SliceGPTError, torch.OutOfMemoryError) as error:  # what has been sliced is saved all the same
-                failure = error
+        except Exception as error:  # whatever it is, what has been sliced is saved
+            failure = error
         if not dist.is_initialized() or dist.get_rank() == 0:
             if it.save:
                 save(model, it.tokenizer, it.save)
@@ -1472,9 +1494,6 @@ def report(it, figures: dict):
     values = {name: value for name, value in vars(it).items() if not name.endswith(internal)}
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
     values |= {"dimension": it.config.hidden_size, "peak_memory_bytes": peak_memory(it.device)}
-    if it.report:
-        with failing(f"cannot save to {it.report}"):
-            it.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
     print(f"\n{it.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
@@ -1484,6 +1503,9 @@ def report(it, figures: dict):
     print(f"  peak memory {values['peak_memory_bytes'] / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
+    if it.report:
+        with failing(f"cannot save to {it.report}"):
+            it.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def fits(model, device) -> bool:

@@ -844,6 +844,14 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
         assert d + round_to > D or size(d + round_to) > share * dense
 
 
+def test_a_head_is_tied_once():
+    model = tiny_network(tie_word_embeddings=True)
+    tie_head(model)  # which is not fused yet
+    names, expected = list(model.state_dict()), logits(model, BATCH)
+    tie_head(model)
+    assert list(model.state_dict()) == names and torch.equal(logits(model, BATCH), expected)
+
+
 @every_family(EITHER)
 def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, weighted):
     tokens, weights = random_tokens(8, 12), torch.full((VOCABULARY, 1), 1 / VOCABULARY).double()
@@ -1111,6 +1119,43 @@ def test_a_stream_goes_on_only_with_the_options_that_began_it(tiny, tmp_path, mo
     assert command(*options, "--sparsity", 0.5)[0] == 0
     assert load(tmp_path / "sliced")[0].config.slicegpt["dimensions"] == [8] * 5
     assert [file.name for file in tmp_path.iterdir()] == ["sliced"]
+
+
+def test_a_stream_goes_on_only_with_the_model_that_began_it_and_alone(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny[0] / "model", tmp_path / "model")
+    options = [*tiny[1], "--model", tmp_path / "model", "--stream", "--save", tmp_path / "sliced"]
+    with monkeypatch.context() as patch:
+        patch.setattr(slicegpt, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command(*options)[0] == 130
+    work = tmp_path / ".sliced.unfinished"
+    with larger_than_memory(work, json.loads((work / "options.json").read_text())):
+        code, _, err = command(*options)
+        assert code == 2 and err.endswith("is another process at work there?\n")
+        work.rename(tmp_path / "kept")  # this one's end removes what it finds
+        work.mkdir()
+    (tmp_path / "kept").rename(work)
+    checkpoint(tiny_network(seed=1).float(), tmp_path / "model")
+    code, _, err = command(*options)
+    assert code == 2 and "was begun with other options (weights)" in err
+
+
+def die_while_moving(options, directory):
+    replace, moved = Path.replace, []
+
+    def one(file, target):
+        moved.extend([file] if Path(target).parent == directory else [])
+        return replace(file, target) if len(moved) < 2 else os.kill(os.getpid(), 9)
+
+    Path.replace = one
+    command(*options)
+
+
+def test_a_stream_killed_while_it_moves_its_files_goes_on(tiny, tmp_path):
+    (tmp_path / "sliced").mkdir()
+    options = [*tiny[1], "--stream", "--save", tmp_path / "sliced"]
+    assert in_a_process(die_while_moving, options, tmp_path / "sliced") == -9
+    assert command(*options)[0] == 0
+    load(tmp_path / "sliced")
 
 
 # ---- A sliced model is a Hugging Face model -------------------------------------------------------------------------
@@ -1432,11 +1477,26 @@ def test_a_model_is_saved_into_an_empty_directory(tiny, tmp_path, monkeypatch, p
     assert empty.stat().st_ino == before and not [name for name in os.listdir(empty) if name.startswith(".")]
 
 
-def test_a_report_that_cannot_be_written_costs_no_model(tiny, tmp_path):
+def test_what_fails_at_the_end_costs_neither_the_model_nor_the_figures(tiny, tmp_path, monkeypatch):
     path, options = tiny
-    code, _, err = command(*options, "--save", tmp_path / "sliced", "--report", tmp_path)
-    assert code == 2 and "Is a directory" in err and err.count("\n") == 1
+    code, out, err = command(*options, "--save", tmp_path / "sliced", "--report", tmp_path)
+    assert code == 2 and "Is a directory" in err and err.count("\n") == 1 and "perplexity" in out
     load(tmp_path / "sliced")
+    generate, prompts = slicegpt.generate, []
+    monkeypatch.setattr(slicegpt, "generate", lambda *args: prompts.append(0) or (
+        generate(*args) if len(prompts) == 1 else (_ for _ in ()).throw(IndexError("a bug"))))
+    with pytest.raises(IndexError, match="a bug"):
+        command(*options, "--save", tmp_path / "again")
+    load(tmp_path / "again")
+
+
+def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, monkeypatch):
+    def save_pretrained(*_):
+        raise NotImplementedError("such a tokenizer")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save_pretrained)
+    monkeypatch.setattr(slicegpt, "load", None)
+    assert command(*tiny[1])[::2] == (2, "slicegpt: cannot save such a model: such a tokenizer\n")
 
 
 @pytest.mark.parametrize("flags", [[], ["--rotation", "shared"], ["--head", "tied"], ["--head", "full"]])
