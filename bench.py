@@ -59,6 +59,11 @@ SHAPES = {
     "smollm2-135m": llama(576, 30, 9, 3, 1536, 49152, tied=True),
     "llama-2-7b": llama(4096, 32, 32, 32, 11008), "llama-2-13b": llama(5120, 40, 40, 40, 13824),
     "llama-2-70b": llama(8192, 80, 64, 8, 28672),
+    "mixtral-8x7b": ("mixtral", llama(4096, 32, 32, 8, 14336)[1] | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3-30b-a3b": ("qwen3_moe", llama(2048, 48, 32, 4, 6144, 151936)[1] | {
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}),
+    "gpt-oss-20b": ("gpt_oss", llama(2880, 24, 64, 8, 2880, 201088)[1] | {
+        "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}),
 }  # the real OPT-350M has its norms behind the blocks, and cannot be sliced
 
 
@@ -69,16 +74,23 @@ def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared
     with torch.device(device):
         if sparsity is None:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        round_to = config.num_attention_heads if shared and family == "llama" else 8  # so that a Llama stays one
-        d = sliced_dimension(config.hidden_size, sparsity, round_to)
+        d = sliced_dimension(config.hidden_size, sparsity)
         config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
         return slicegpt.standard(SlicedForCausalLM._from_config(config, dtype=dtype))[0].eval()
 
 
 def weight_bytes(model) -> int:
-    """What one token must read: all weights but the embedding, of which it needs a row (a tied head is read)."""
+    """What one token must read: all weights but the embedding, of which it needs a row (a tied head is read).
+
+    Of a mixture's experts it reads those that are chosen.
+    """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(weight.nbytes for weight in model.parameters()) - (0 if embedding is head else embedding.nbytes)
+    bytes = sum(weight.nbytes for weight in model.parameters()) - (0 if embedding is head else embedding.nbytes)
+    for stage in slicegpt.stages(model):
+        for linear in stage.readers + stage.writers:
+            if isinstance(linear, slicegpt.Experts):
+                bytes -= linear.weight.nbytes * (1 - model.config.num_experts_per_tok / len(linear.weight))
+    return round(bytes)
 
 
 # ---- Measuring and showing ------------------------------------------------------------------------------------------
@@ -124,8 +136,8 @@ def decoder(model, prompt: Tensor, static: int | None = None):
 
 def show(args, title: str, rows: list[dict], hidden: str = ""):
     """Prints the rows as a table, a column for each key that is not hidden; and writes them for --json."""
-    headings = {"ms": "ms/token", "gigabytes": "GB/token", "bandwidth": "of a copy's", "speed": "tokens/s",
-                "sparse": "2:4", "forward": "dense pass", "body": "without head"}  # else the key
+    headings = {"ms": "ms/token", "gigabytes": "GB/token", "held": "GB in all", "bandwidth": "of a copy's",
+                "speed": "tokens/s", "sparse": "2:4", "forward": "dense pass", "body": "without head"}  # else the key
 
     def text(key, value):
         if isinstance(value, float):
@@ -184,7 +196,9 @@ def latency(args):
         deep, shallow = values[:, 0], values[:, -1]
         return deep + (deep - shallow) * (full - depths[0]) / max(1, depths[0] - depths[-1])
 
-    sizes = at_full_depth(torch.tensor([weight_bytes(model) for model in models], dtype=torch.float64)).tolist()
+    held = [sum(weight.nbytes for weight in model.parameters()) for model in models]
+    held, sizes = (at_full_depth(torch.tensor(bytes, dtype=torch.float64)).tolist()
+                   for bytes in (held, [weight_bytes(model) for model in models]))
     rows = []
     for length in args.prompt_lengths:
         prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
@@ -192,11 +206,12 @@ def latency(args):
         steps = [decoder(model, prompt, static) for model in models]
         seconds = in_turns([*steps, lambda: target.copy_(source)], args.tokens, args.device, "decoding")
         bandwidth, seconds = 2 * source.nbytes / seconds[-1].median().item(), at_full_depth(seconds[:-1])
-        for name, times, size in zip(networks, seconds, sizes):
+        for name, times, size, all_bytes in zip(networks, seconds, sizes, held):
             median, p10, p90 = quantiles(1e3 * times)
             ratio, low, high = quantiles(times / seconds[0])
             rows.append({"network": name, "prompt": length, "ms": median, "p10": p10, "p90": p90, "time": ratio,
                          "time_p10": low, "time_p90": high, "gigabytes": size / 1e9, "bytes": size / sizes[0],
+                         "held": all_bytes / 1e9,
                          "bandwidth": size / median * 1e3 / bandwidth, "copy_gigabytes_per_second": bandwidth / 1e9})
     show(args, f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, {args.tokens} times"
          f"{', compiled' * args.compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
@@ -328,9 +343,11 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
 
     Layer by layer, each on the signal of the layers that are pruned already. Embedding and head are not pruned, as in
     the paper. calibration: tokens (samples, N), int64. device: where to compute, with one layer there at a time. Raises
-    SliceGPTError if a matrix has inputs that do not come in fours.
+    SliceGPTError for a mixture of experts, or a matrix whose inputs do not come in fours.
     """
     device, parts = torch.device(device or model.device), slicegpt.architecture(model.config)
+    if any(isinstance(linear, slicegpt.Experts) for stage in slicegpt.stages(model) for linear in stage.readers):
+        raise SliceGPTError("SparseGPT prunes no experts here")
 
     def prune_layer(X, stage) -> int:
         if stage is None or parts.attention not in stage.blocks:

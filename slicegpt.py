@@ -42,6 +42,7 @@ import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -79,8 +80,8 @@ class RMSNorm(nn.Module):
 class Block:
     """One attention or one FFN, Z = sigma(RMSNorm(X) W_in + b_in) W_out + b_out (section 2.1), as paths in its layer.
 
-    The norm in front; the modules that compute Z, one after the other; all matrices W_in; the matrix W_out; and
-    whether it is attention, whose module takes masks, positions and caches, and returns more than Z.
+    The norm in front; the modules that compute Z, one after the other; all matrices W_in; all matrices W_out (experts
+    have several); and whether it is attention, whose module takes masks, positions and caches, and returns more than Z.
     """
     norm: str
     modules: str
@@ -91,7 +92,8 @@ class Block:
     def __call__(self, layer, normalised, *args, **kwargs) -> Tensor:
         Z = normalised
         for module in submodules(layer, self.modules):  # an attention takes by position what its layer does
-            Z = module(Z, *args, **kwargs)[0] if self.attention else module(Z)
+            Z = module(Z, *args, **kwargs) if self.attention else module(Z)
+            Z = Z[0] if isinstance(Z, tuple) else Z
         return Z
 
 
@@ -114,7 +116,8 @@ class Stage:
         normalised = {norm: self.layer.get_submodule(norm)(X) for norm in {block.norm for block in self.blocks}}
         Z = [block(self.layer, normalised[block.norm], *self.args, *args, **self.kwargs, **kwargs)
              for block in self.blocks]
-        return sum(Z[1:], Z[0])
+        multiplier = getattr(self.layer, "residual_multiplier", None)  # Granite's
+        return sum(Z[1:], Z[0]) if multiplier is None else multiplier * sum(Z[1:], Z[0])
 
     @property
     def readers(self) -> list[nn.Module]:
@@ -122,7 +125,7 @@ class Stage:
 
     @property
     def writers(self) -> list[nn.Module]:
-        return [self.layer.get_submodule(block.W_out) for block in self.blocks]
+        return [linear for block in self.blocks for linear in submodules(self.layer, block.W_out)]
 
 
 class SlicedLayer:
@@ -167,6 +170,7 @@ def rotate(model, Q: Tensor | list[Tensor], device=None):
             rotate_reader(linear, Q_in)
         for linear in stage.writers:
             rotate_writer(linear, Q_out)
+        resize(stage, *Q_in.shape)
         if shortcuts:
             rotate_shortcut(stage, Q_in, Q_out)
         Q_in = Q_out
@@ -182,7 +186,7 @@ def rotate_writer(module, Q: Tensor):
 
 def rotate_reader(linear, Q: Tensor):
     """Eq. 4 and 7: W_in <- Q^T W_in, W_head <- Q^T W_head. b_in and b_head stay."""
-    set_matrix(linear, Q.T @ matrix(linear).to(Q), linear.bias)
+    set_matrix(linear, Q.T @ matrix(linear).to(Q), getattr(linear, "bias", None))
 
 
 def rotate_shortcut(stage: Stage, Q_in: Tensor, Q_out: Tensor):
@@ -214,6 +218,7 @@ def fuse(model):
         raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
     if hasattr(model.config, "slicegpt"):
         return
+    before = predictions(model)
     become_sliced(model)  # the same network, of a class that knows its shape, with a head of its own
     for embedding in embeddings(model):
         fuse_writer(last_norm(model), embedding)
@@ -222,31 +227,33 @@ def fuse(model):
         for block in stage.blocks:
             for linear in submodules(stage.layer, block.W_in):
                 fuse_reader(norms[block.norm], linear, parts.norm_offset)
-            fuse_writer(norms[block.norm], stage.layer.get_submodule(block.W_out))
+            for linear in submodules(stage.layer, block.W_out):
+                fuse_writer(norms[block.norm], linear)
         for path, norm in norms.items():
             stage.layer.set_submodule(path, without_scale(norm, D))
     fuse_reader(last_norm(model), model.get_output_embeddings(), parts.norm_offset)
     model.set_submodule(parts.norm, without_scale(last_norm(model), D))
+    check_same(model, before)
 
 
 def fuse_reader(norm, linear, offset: float):
     """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in; alpha is what the norm has stored, and the offset."""
-    W, bias = matrix(linear), linear.bias
+    W, bias = matrix(linear), getattr(linear, "bias", None)
     if getattr(norm, "bias", None) is not None:
         bias = norm.bias.double() @ W + (0 if bias is None else bias)
-    alpha = 1 if norm.weight is None else norm.weight.double()[:, None] + offset
-    set_matrix(linear, alpha * W, bias)
+    alpha = getattr(norm, "weight", None)
+    set_matrix(linear, W if alpha is None else (alpha.double()[:, None] + offset) * W, bias)
 
 
 def fuse_writer(norm, module):
     """W_out <- W_out M, b_out <- b_out M, in a network with LayerNorms."""
-    if isinstance(norm, nn.LayerNorm):
+    if centres(norm):
         W, bias = matrix(module), getattr(module, "bias", None)
-        set_matrix(module, W - W.mean(1, True), None if bias is None else bias.double() - bias.double().mean())
+        set_matrix(module, W - W.mean(-1, True), None if bias is None else bias.double() - bias.double().mean(-1, True))
 
 
 def without_scale(norm, D: int) -> RMSNorm:
-    return RMSNorm(D, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+    return RMSNorm(D, getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))  # the last is Olmo's
 
 
 # ---- 3.3 A transformation per block, and 3.4 Slicing ----------------------------------------------------------------
@@ -453,18 +460,35 @@ LLAMA = Architecture(
           attention=True),
     Block("post_attention_layernorm", "mlp", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"))
 
+MIXTURE = replace(LLAMA, ffn=Block(  # of experts, with shared ones or without; in some layers there is a plain FFN
+    "post_attention_layernorm", "mlp",
+    "?mlp.gate_proj ?mlp.up_proj ?mlp.gate ?mlp.gate.wg ?mlp.router ?mlp.experts.gate_up_proj "
+    "?mlp.shared_expert.gate_proj ?mlp.shared_expert.up_proj ?mlp.shared_expert_gate ?mlp.shared_experts.gate_proj "
+    "?mlp.shared_experts.up_proj ?mlp.shared_mlp.gate_proj ?mlp.shared_mlp.up_proj",
+    "?mlp.down_proj ?mlp.experts.down_proj ?mlp.shared_expert.down_proj ?mlp.shared_experts.down_proj "
+    "?mlp.shared_mlp.down_proj"), one_width=True)  # such modules give back as wide a signal as they get
+LATENT = replace(MIXTURE, attention=replace(  # attention through a latent, DeepSeek's
+    LLAMA.attention, W_in="?self_attn.q_proj ?self_attn.q_a_proj self_attn.kv_a_proj_with_mqa"))
+
+COHERE = replace(LLAMA, ffn=replace(LLAMA.ffn, norm="input_layernorm"), parallel=True)
+OPT = Architecture(
+    "model.decoder.embed_tokens model.decoder.embed_positions", "model.decoder.layers",
+    "model.decoder.final_layer_norm",
+    replace(LLAMA.attention, norm="self_attn_layer_norm", W_out="self_attn.out_proj"),
+    Block("final_layer_norm", "fc1 activation_fn fc2", "fc1", "fc2"))
+GPTJ = Architecture(
+    "transformer.wte", "transformer.h", "transformer.ln_f",
+    Block("ln_1", "attn", "attn.q_proj attn.k_proj attn.v_proj", "attn.out_proj", attention=True),
+    Block("ln_1", "mlp", "mlp.fc_in", "mlp.fc_out"), parallel=True)
+
 ARCHITECTURES = {  # by the config's model_type
-    "opt": Architecture(
-        "model.decoder.embed_tokens model.decoder.embed_positions", "model.decoder.layers",
-        "model.decoder.final_layer_norm",
-        replace(LLAMA.attention, norm="self_attn_layer_norm", W_out="self_attn.out_proj"),
-        Block("final_layer_norm", "fc1 activation_fn fc2", "fc1", "fc2")),
+    "opt": OPT,
     "gpt2": Architecture(
         "transformer.wte transformer.wpe", "transformer.h", "transformer.ln_f",
         Block("ln_1", "attn", "attn.c_attn", "attn.c_proj", attention=True),
         Block("ln_2", "mlp", "mlp.c_fc", "mlp.c_proj"), one_width=True),
-    "llama": LLAMA, "mistral": LLAMA, "ministral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "smollm3": LLAMA,
-    "seed_oss": LLAMA, "helium": LLAMA,
+    **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss helium ernie4_5 hunyuan_v1_dense "
+                    "granite olmo stablelm".split(), LLAMA),
     "arcee": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj")),
     "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj")),
     "nemotron": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), norm_offset=1.0),
@@ -476,10 +500,27 @@ ARCHITECTURES = {  # by the config's model_type
     "phi3": replace(
         LLAMA, attention=replace(LLAMA.attention, W_in="self_attn.qkv_proj"),
         ffn=replace(LLAMA.ffn, W_in="mlp.gate_up_proj")),
+    "glm": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.gate_up_proj")),
+    "apertus": replace(LLAMA, attention=replace(LLAMA.attention, norm="attention_layernorm"),
+                       ffn=replace(LLAMA.ffn, norm="feedforward_layernorm", W_in="mlp.up_proj")),
+    "cohere": COHERE, "cohere2": COHERE,
+    "persimmon": replace(
+        LLAMA, norm="model.final_layernorm",
+        attention=replace(LLAMA.attention, W_in="self_attn.query_key_value", W_out="self_attn.dense"),
+        ffn=replace(LLAMA.ffn, W_in="mlp.dense_h_to_4h", W_out="mlp.dense_4h_to_h")),
+    "biogpt": replace(OPT, embeddings="biogpt.embed_tokens biogpt.embed_positions", layers="biogpt.layers",
+                      norm="biogpt.layer_norm"),
+    "gptj": GPTJ, "codegen": replace(GPTJ, attention=replace(GPTJ.attention, W_in="attn.qkv_proj")),
     "gpt_neox": Architecture(
         "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm",
         Block("input_layernorm", "attention", "attention.query_key_value", "attention.dense", attention=True),
         Block("post_attention_layernorm", "mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+    **dict.fromkeys("mixtral qwen2_moe qwen3_moe olmoe gpt_oss minimax_m2 dots1 glm4_moe ernie4_5_moe "
+                    "hunyuan_v1_moe".split(), MIXTURE),
+    "deepseek_v2": LATENT, "deepseek_v3": LATENT,
+    "granitemoe": replace(MIXTURE, ffn=Block(
+        "post_attention_layernorm", "block_sparse_moe",
+        "block_sparse_moe.router block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")),
 }
 
 
@@ -489,7 +530,7 @@ def architecture(config) -> Architecture:
     reasons = [reason for reason, holds in (
         ("it is an encoder-decoder", has("is_encoder_decoder")),
         ("it has cross-attention", has("add_cross_attention")),
-        ("it is a mixture of experts", has("num_experts") or has("num_local_experts") or has("n_routed_experts")),
+        ("its blocks are parallel", config.model_type == "stablelm" and has("use_parallel_residual")),
         ("it has no last norm", has("_remove_final_layer_norm")),
         ("its weights are quantised (slice the original and quantise the result)",
          has("quantization_config") and not has("slicegpt")),
@@ -518,6 +559,34 @@ def positions(config) -> float:
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
+def centres(norm) -> bool:
+    """Whether a norm subtracts the mean, as a LayerNorm does, whoever wrote it."""
+    return "LayerNorm" in type(norm).__name__
+
+
+def predictions(model) -> Tensor | None:
+    """Logits (1, 8, vocabulary) of a short sequence; none of a model without values, or one that is not in memory."""
+    if model.device.type == "meta" or WORK.get():
+        return None
+    tokens = torch.arange(min(8, model.config.vocab_size, positions(model.config)), device=model.device)[None]
+    training = model.training
+    logits = model.eval()(tokens, use_cache=False).logits.double()
+    model.train(training)
+    return logits
+
+
+def check_same(model, before: Tensor | None):
+    """Raises SliceGPTError if a model that was fused computes something else than before, beyond rounding.
+
+    A class that only looks like one of the table, or one that has changed, is found out here, whatever it does.
+    """
+    if before is not None:
+        rounding = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+        if (predictions(model) - before).norm() > 3 * rounding * before.norm():
+            raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something "
+                                "else")
+
+
 def layers(model) -> nn.ModuleList:
     return model.get_submodule(architecture(model.config).layers)
 
@@ -530,14 +599,61 @@ def last_norm(model) -> nn.Module:
     return model.get_submodule(architecture(model.config).norm)
 
 
-def submodules(module, paths: str) -> list[nn.Module]:
-    return [module.get_submodule(path) for path in paths.split()]
+def submodules(module, paths: str) -> list:
+    """What there is at these paths; of a path with a ?, which only some layers have, what has a weight."""
+    found = []
+    for path in paths.split():
+        try:
+            part = attrgetter(path.lstrip("?"))(module)
+        except AttributeError:
+            if path[0] != "?":
+                raise
+        else:
+            if isinstance(part, nn.Parameter):
+                owner, _, name = path.lstrip("?").rpartition(".")
+                part = Experts(module.get_submodule(owner), name)
+            if path[0] != "?" or hasattr(part, "weight"):
+                found.append(part)
+    return found
+
+
+class Experts:
+    """The matrices of a mixture's experts, W (experts, inputs, outputs), which are one parameter of their module."""
+
+    def __init__(self, module, name: str):
+        self.weight, self.module, self.name = getattr(module, name), module, name
+        self.transposed = getattr(module, "is_transposed", False)
+
+    @property
+    def bias(self):  # (experts, outputs)
+        return getattr(self.module, f"{self.name}_bias", None)
+
+    @bias.setter
+    def bias(self, bias):
+        setattr(self.module, f"{self.name}_bias", bias)
+
+
+def resize(stage: Stage, D: int, d: int):
+    """Tells the modules of a mixture of experts, which remember how wide the signal is, that it is d now, not D."""
+    for block in stage.blocks:
+        for module in () if block.attention else stage.layer.get_submodule(block.modules.split()[0]).modules():
+            for name in ("hidden_dim", "hidden_size", "input_size"):
+                if getattr(module, name, None) == D:
+                    setattr(module, name, d)
 
 
 def matrix(module) -> Tensor:
-    """W (inputs, outputs) in float64: of an embedding, a Conv1D (GPT-2), or a Linear, which stores its transpose."""
-    W = module.weight.detach().double()
-    return W.T if isinstance(module, nn.Linear) else W
+    """W (inputs, outputs) in float64: of an embedding, a Conv1D (GPT-2), or a Linear, which stores its transpose.
+
+    Of the experts of a mixture, W (experts, inputs, outputs).
+    """
+    return as_stored(module, module.weight.detach().double())
+
+
+def as_stored(module, W: Tensor) -> Tensor:
+    """W as a module stores it, or as it multiplies from the right, of the other."""
+    straight = isinstance(module, (nn.Embedding, Conv1D)) or getattr(module, "transposed", False)
+    return W if straight else W.mT
 
 
 def set_matrix(module, W: Tensor, bias: Tensor | None):
@@ -545,16 +661,16 @@ def set_matrix(module, W: Tensor, bias: Tensor | None):
 
     The parameter stays the same one, so whoever shares it, as a tied head does, goes on sharing it.
     """
-    inputs, outputs = W.shape
+    inputs, outputs = W.shape[-2:]
     if isinstance(module, nn.Embedding):
         module.embedding_dim = outputs
     elif isinstance(module, Conv1D):
         module.nx, module.nf = inputs, outputs
-    else:
-        module.in_features, module.out_features, W = inputs, outputs, W.T
+    elif isinstance(module, nn.Linear):
+        module.in_features, module.out_features = inputs, outputs
     if bias is not None:
         module.bias = nn.Parameter(stored(bias, like=module.weight))
-    module.weight.data, module.weight.grad = stored(W, like=module.weight), None
+    module.weight.data, module.weight.grad = stored(as_stored(module, W), like=module.weight), None
 
 
 # ---- 4 Experiments: texts, perplexity, generation, recovery fine-tuning ---------------------------------------------
@@ -685,8 +801,8 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
     what it was. If the loss stops being finite, the weights stay what they were, and SliceGPTError is raised.
     """
     peft, parts = optional("peft"), architecture(model.config)
-    known = model.config.model_type in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    targets = None if known else [path.rpartition(".")[2] for path in parts.attention.W_in.split()]
+    targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+    targets = targets or [path.rpartition(".")[2] for path in parts.attention.W_in.split()]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=32, lora_alpha=10, target_modules=targets))
@@ -854,10 +970,12 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     # Gemma multiplies by the square root of its hidden size what comes out of its embedding: that is sqrt(d/D) less
     writers = [embedding for embedding in embeddings(model) if not hasattr(embedding, "embed_scale")]
     for module in writers + [linear for stage in stages(model) for linear in stage.writers]:
-        for parameter in module.parameters(recurse=False):
-            parameter.copy_(parameter.double() / scale)
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            if parameter is not None:
+                parameter.copy_(parameter.double() / scale)
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
+    vars(stock).pop("_weight_conversions", None)  # experts are saved one by one, as engines read them
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
 
@@ -889,7 +1007,8 @@ def limits(config) -> str:
     """What is known not to run a standard checkpoint: llama.cpp refuses some, and computes something else of others."""
     for wrong, holds in (("has no head beside a Gemma's embedding", config.model_type == "gemma"),
                          ("refuses such a Qwen2", config.model_type == "qwen2"),
-                         ("does not know windows in a Mistral", getattr(config, "sliding_window", None))):
+                         ("does not know windows in a Mistral",
+                          config.model_type == "mistral" and config.sliding_window)):
         if holds:
             return f" for transformers (llama.cpp {wrong})"
     return ""

