@@ -1333,16 +1333,15 @@ def complete(folder: Path, source: str):
     if source and not os.path.isdir(source):
         with contextlib.suppress(Exception):  # without a network, or such a repository, there is no more than we have
             source = importlib.import_module("huggingface_hub").snapshot_download(source, allow_patterns=files)
-    for file in [file for pattern in files if os.path.isdir(source) for file in Path(source).glob(pattern)]:
-        if file.is_file() and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
-
+    for name in files if source else ():
+        if Path(source, name).is_file() and not (folder / name).exists():
+            shutil.copyfile(Path(source, name), folder / name)
     names = ("config.json", "tokenizer_config.json")
     config, tokenizer = (json.loads((folder / name).read_text(encoding="utf-8")) for name in names)
     rotary = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rotary:
-        config |= {key: value for key, value in rotary.items() if key in (
-            "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
+        outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+        config |= {key: rotary[key] for key in outside if key in rotary}
         del rotary["rope_theta"]
         config["rope_scaling"] = None if rotary["rope_type"] == "default" else rotary
     if tokenizer["tokenizer_class"] == "TokenizersBackend":
