@@ -452,6 +452,7 @@ class Architecture:
     parallel: bool = False  # do both blocks read the same signal? (A config's use_parallel_residual goes before)
     norm_offset: float = 0.0  # added to the stored scale of a norm
     one_width: bool = False  # does the model's own forward take the last signal to be as wide as the first?
+    zero_mean: bool = False  # has it LayerNorms, and heads that need not add up to its hidden size? See `mean_free`
 
 
 LLAMA = Architecture(
@@ -470,7 +471,7 @@ MIXTURE = replace(LLAMA, ffn=Block(  # of experts, with shared ones or without; 
 LATENT = replace(MIXTURE, attention=replace(  # attention through a latent, DeepSeek's
     LLAMA.attention, W_in="?self_attn.q_proj ?self_attn.q_a_proj self_attn.kv_a_proj_with_mqa"))
 
-COHERE = replace(LLAMA, ffn=replace(LLAMA.ffn, norm="input_layernorm"), parallel=True)
+COHERE = replace(LLAMA, ffn=replace(LLAMA.ffn, norm="input_layernorm"), parallel=True, zero_mean=True)
 OPT = Architecture(
     "model.decoder.embed_tokens model.decoder.embed_positions", "model.decoder.layers",
     "model.decoder.final_layer_norm",
@@ -488,15 +489,16 @@ ARCHITECTURES = {  # by the config's model_type
         Block("ln_1", "attn", "attn.c_attn", "attn.c_proj", attention=True),
         Block("ln_2", "mlp", "mlp.c_fc", "mlp.c_proj"), one_width=True),
     **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss helium ernie4_5 hunyuan_v1_dense "
-                    "granite olmo stablelm".split(), LLAMA),
+                    "granite stablelm".split(), LLAMA),
+    "olmo": replace(LLAMA, zero_mean=True),
     "arcee": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj")),
-    "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj")),
-    "nemotron": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), norm_offset=1.0),
+    "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj"), zero_mean=True),
+    "nemotron": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), norm_offset=1.0, zero_mean=True),
     "gemma": replace(LLAMA, norm_offset=1.0),
     "phi": Architecture(
         "model.embed_tokens", "model.layers", "model.final_layernorm",
         replace(LLAMA.attention, W_out="self_attn.dense"),
-        Block("input_layernorm", "mlp", "mlp.fc1", "mlp.fc2"), parallel=True),
+        Block("input_layernorm", "mlp", "mlp.fc1", "mlp.fc2"), parallel=True, zero_mean=True),
     "phi3": replace(
         LLAMA, attention=replace(LLAMA.attention, W_in="self_attn.qkv_proj"),
         ffn=replace(LLAMA.ffn, W_in="mlp.gate_up_proj")),
@@ -939,12 +941,16 @@ def standard(model) -> tuple[PreTrainedModel, str]:
 
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
     |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
-    sqrt(d / D), in place, and the norms get a scale of sqrt(D / d). The given model is then used up.
+    sqrt(d / D), in place, and the norms get a scale of sqrt(D / d). The given model is then used up. LayerNorms do the
+    same to a signal whose mean is 0, see `mean_free`.
     """
     shape, parts, config = model.config.slicegpt, architecture(model.config), model.config
+    W = matrix(model.get_input_embeddings())
+    centred = parts.zero_mean and (W.is_meta or W.mean(1).abs().max() < 1e-3 * W.abs().mean())
     for reason, holds in (("it has shortcuts", shape["shortcuts"]),
                           ("its head is tied through a matrix of its own", shape.get("tied")),
-                          ("its norms are LayerNorms, which subtract a mean", not hasattr(config, "rms_norm_eps"))):
+                          ("its norms are LayerNorms, which subtract a mean",
+                           not centred and not hasattr(config, "rms_norm_eps"))):
         if holds:
             return model, reason
     try:
@@ -960,8 +966,14 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         for name in [name for name in weights if fused in name and name not in expected]:  # a Phi-3 as a Mistral
             names = [name.replace(fused, piece) for piece in pieces.split()]
             weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
+    # where beta of a LayerNorm became a bias that the stock class has not, its LayerNorms have a bias of 1: on that, as
+    # on the signal, W_in is 0, and so it can have any bias in its mean
+    biases = [name for name in weights.keys() - expected.keys() if centred and name.endswith("bias")]
+    for name in biases:
+        W = weights[name.removesuffix("bias") + "weight"]
+        weights[name.removesuffix("bias") + "weight"] = W + weights.pop(name)[:, None] / config.hidden_size
     for name in expected.keys() - weights.keys():  # our norms have no scale, and a Qwen2's attention no last bias
-        value = 0.0 if name.endswith("bias") else scale - parts.norm_offset
+        value = float(bool(biases)) if name.endswith("bias") else scale - parts.norm_offset
         weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
     if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in expected.items()}:
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
@@ -973,11 +985,26 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         for parameter in (module.weight, getattr(module, "bias", None)):
             if parameter is not None:
                 parameter.copy_(parameter.double() / scale)
+    if parts.norm + ".weight" not in expected:  # Olmo's norms have none: what reads behind them is multiplied
+        for module in [model.get_output_embeddings(), *(linear for stage in stages(model) for linear in stage.readers)]:
+            module.weight.mul_(scale)
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
     vars(stock).pop("_weight_conversions", None)  # experts are saved one by one, as engines read them
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
+
+
+def mean_free(Q: Tensor) -> Tensor:
+    """(D, d) of a Q (D, d - 1): the same directions, rotated into d dimensions such that each signal has mean 0.
+
+    So a LayerNorm finds no mean to subtract. H is the reflection that takes e_1 to 1 / sqrt(d); all its other rows are
+    orthogonal to the vector of ones.
+    """
+    d = Q.shape[1] + 1
+    v = torch.eye(d, dtype=Q.dtype, device=Q.device)[0] - d ** -0.5
+    H = torch.eye(d, dtype=Q.dtype, device=Q.device) - 2 * torch.outer(v, v) / (v @ v)
+    return Q @ H[1:]
 
 
 def stock_config(config, d: int):
@@ -1005,10 +1032,10 @@ def stock_config(config, d: int):
 
 def limits(config) -> str:
     """What is known not to run a standard checkpoint: llama.cpp refuses some, and computes something else of others."""
-    for wrong, holds in (("has no head beside a Gemma's embedding", config.model_type == "gemma"),
-                         ("refuses such a Qwen2", config.model_type == "qwen2"),
-                         ("does not know windows in a Mistral",
-                          config.model_type == "mistral" and config.sliding_window)):
+    kind = config.model_type
+    for wrong, holds in (("has no head beside its embedding", kind in ("gemma", "cohere", "cohere2")),
+                         ("refuses its shape", kind in ("qwen2", "phi", "starcoder2", "nemotron", "olmo")),
+                         ("does not know windows in a Mistral", kind == "mistral" and config.sliding_window)):
         if holds:
             return f" for transformers (llama.cpp {wrong})"
     return ""
@@ -1585,6 +1612,8 @@ def run(args):
             report(it, figures)
             if it.save:
                 kind = f"an ordinary {model.config.model_type} model" + limits(model.config)
+                if architecture(model.config).zero_mean:
+                    kind += f", with {model.config.hidden_size - 1} directions in {model.config.hidden_size} dimensions"
                 print(f"\nsaved to {it.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else kind))
     if failure:
         raise failure
@@ -1597,10 +1626,11 @@ def slice_as_asked(it, model) -> tuple[PreTrainedModel, str]:
         slice_model(model, it.calibration_tokens, it.sparsity or 0, discard_variance=it.discard_variance, **where,
                     round_to=it.round_to, signal=it.signal, head="full" if it.head == "full" else "sliced")
     else:
-        Q = shared_rotation(model, it.calibration_tokens, **where)[:, :it.d]
+        zero_mean = architecture(model.config).zero_mean and it.head != "tied"
+        Q = shared_rotation(model, it.calibration_tokens, **where)[:, :it.d - zero_mean]
         if it.learn:
             Q = learn_rotation(model.to(it.device), it.calibration_tokens, Q, it.learn, seed=it.seed)
-        rotate(model, Q, it.device)
+        rotate(model, mean_free(Q) if zero_mean else Q, it.device)
     if it.head == "tied":
         tie_head(model, it.calibration_tokens)
     return standard(model)

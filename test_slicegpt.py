@@ -42,8 +42,8 @@ import bench
 import slicegpt
 from slicegpt import (ARCHITECTURES, LLAMA, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance,
                       dimension_for, embeddings, finetune, fuse, larger_than_memory, layers, learn_rotation, load, main,
-                      matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation,
-                      slice_model, sliced_dimension, stages, standard, tie_head, tokenize)
+                      matrix, mean_free, parameters, pca, perplexity, projected, read_text, rotate, save,
+                      shared_rotation, slice_model, sliced_dimension, stages, standard, tie_head, tokenize)
 
 settings.register_profile("paper", deadline=None, max_examples=25, print_blob=True,
                           suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
@@ -59,7 +59,8 @@ MIXTURES = [family for family, parts in ARCHITECTURES.items() if "experts" in pa
 # of these, transformers keeps something in float32 as it loads them
 NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3")
 STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3",
-            "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "apertus", "granite", *(set(MIXTURES) - {"olmoe"}))
+            "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "apertus", "granite", *(set(MIXTURES) - {"olmoe"}),
+            "phi", "starcoder2", "nemotron", "cohere", "cohere2", "olmo")
 ALIKE = [*MIXTURES, "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "granite", "stablelm", "olmo", "cohere2",
          "codegen", "biogpt"]  # in what they are to this file: of these, fewer examples are drawn
 
@@ -834,10 +835,19 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
     family, D = model.config.model_type, model.config.hidden_size
     d = sliced_dimension(D, sparsity, 2)
     with Double():
-        rotate(model, shared_rotation(model, random_tokens(8, 12))[:, :d])
+        Q = shared_rotation(model, random_tokens(8, 12))[:, :d]
+    if architecture(model.config).zero_mean:
+        other = copy.deepcopy(model)
+        rotate(other, Q)
+        assert standard(other) == (other, "its norms are LayerNorms, which subtract a mean")
+        Q = mean_free(Q[:, :-1])
+        assert_same(Q @ Q.T @ Q, Q)
+        assert Q.sum(1).abs().max() < 1e-12
+    rotate(model, Q)
     expected = logits(model, batch)
     stock, why = standard(model)
-    if family not in STANDARD and not (family in ("helium", "olmoe") and d == D):
+    heads = family in ("helium", "olmoe") or family == "phi" and model.config.qk_layernorm
+    if family not in STANDARD and not (heads and d == D) or heads and d < D:
         assert stock is model and why in ("its norms are LayerNorms, which subtract a mean",
                                           f"a {family}'s heads must add up to its hidden size")
     elif d % model.config.num_attention_heads and (
@@ -862,8 +872,8 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
         assert type(loaded).__module__.startswith("transformers.models.") and loaded.config.hidden_size == d
         assert not hasattr(loaded.config, "slicegpt") and not hasattr(loaded.config, "auto_map")
         kind, windows = loaded.config.model_type, getattr(loaded.config, "sliding_window", None)
-        assert (slicegpt.limits(loaded.config) == "") == (kind not in ("gemma", "qwen2") and not (
-            kind == "mistral" and windows))
+        runs = kind not in ("gemma", "qwen2", "phi", "starcoder2", "nemotron", "olmo", "cohere", "cohere2")
+        assert (slicegpt.limits(loaded.config) == "") == (runs and not (kind == "mistral" and windows))
         with Double():
             slice_model(loaded, random_tokens(8, 12), 0.5, round_to=1)  # further, with shortcuts
         assert standard(loaded) == (loaded, "it has shortcuts")
