@@ -66,7 +66,7 @@ ALIKE = [*MIXTURES, "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "granit
 
 
 def needs(*packages):
-    """Marks a test that is skipped where one of these packages is not installed."""
+    """Marks a test that is skipped where one of these packages is not installed; `-m skipif` runs what is marked."""
     missing = [package for package in packages if not importlib.util.find_spec(package)]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
@@ -960,6 +960,7 @@ def test_two_processes_slice_as_one_does(tmp_path):
     assert refused[0] == 2 and "--stream needs --save, and goes with neither" in refused[2]
 
 
+@needs()  # with peft, if it is there
 def test_torchrun(tiny, tmp_path):
     """The program under torchrun, recovery fine-tuning included: one report, one saved model."""
     options = [*tiny[1], "--samples", 5, "--eval-samples", 3, "--sparsity", 0.5, "--dtype", "float64"]
@@ -1879,6 +1880,7 @@ def test_the_benchmark_of_matrix_products(tiny_shapes, shape, sparse, monkeypatc
             assert math.isclose(total.get(kind) or 0, sum(row.get(kind) or 0 for row in products))
 
 
+@needs()  # with peft, if it is there
 def test_the_benchmark_of_cost(tiny_shapes, monkeypatch):
     options = ["cost", "--shapes", "tiny-opt", "tiny-llama", "--samples", 2, 4, "--seqlen", 16, "--finetune", 2]
     _, rows = benchmark(*options)
@@ -1994,6 +1996,7 @@ def test_the_benchmark_of_quality(tiny):
     assert math.isclose(rows[1]["gigabytes"], (bench.weight_bytes(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
 
 
+@needs()  # with matplotlib, if it is there
 def test_the_benchmark_of_the_spectrum(tiny, tmp_path):
     path, options = tiny
     plot = ["--plot", tmp_path / "spectrum.png"] if importlib.util.find_spec("matplotlib") else []
