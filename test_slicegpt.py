@@ -888,7 +888,10 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
     def size(d):
         sliced = copy.deepcopy(model)
         Q = [torch.eye(D)[:, :d]] * (1 + len(stages(model)))
-        rotate(sliced, Q[0] if shared else Q[:-1] + [torch.eye(D)] if head == "full" else Q)
+        if shared and head != "tied" and architecture(config).zero_mean:
+            rotate(sliced, mean_free(Q[0][:, 1:]))
+        else:
+            rotate(sliced, Q[0] if shared else Q[:-1] + [torch.eye(D)] if head == "full" else Q)
         if head == "tied":
             tie_head(sliced)
         return parameters(standard(sliced)[0])
