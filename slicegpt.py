@@ -1544,6 +1544,7 @@ def prepare(args) -> argparse.Namespace:
     with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # likewise
         it.config.save_pretrained(folder)
         it.tokenizer.save_pretrained(folder)
+        complete(Path(folder), it.tokenizer.name_or_path)
     with failing(f"cannot continue the prompt {args.prompt!r}"):
         check_tokens(it.config, torch.tensor(it.tokenizer(args.prompt).input_ids))
     dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
