@@ -487,49 +487,82 @@ def tasks(args):
 
 
 def quality(args):
-    """Perplexity, parameters, bytes and time per token of every method at every sparsity, from one run on one model."""
+    """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
+
+    --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
+    or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to.
+    """
     inputs, model = read_model(args)
     calibration, where = inputs.calibration_tokens, {"batch_size": args.batch_size, "device": inputs.device}
-    fused = copy.deepcopy(model.to(inputs.device))
-    Q = slicegpt.shared_rotation(fused, calibration, **where)  # one for all sparsities
+    texts = {"perplexity": inputs.evaluation_tokens}
+    if args.eval_also:
+        text = slicegpt.tokenize(inputs.tokenizer, slicegpt.read_text(args.eval_also, True), inputs.seqlen)
+        texts[f"on {Path(args.eval_also).name}"] = text[:inputs.eval_samples]
+    fused, by_params = copy.deepcopy(model.to(inputs.device)), any(args.params)
+    Q = slicegpt.shared_rotation(fused, calibration, **where)  # one for all sizes
 
     @cache
-    def rotation(sparsity, learned):
-        start = Q[:, :sliced_dimension(len(Q), sparsity, args.round_to)]
+    def rotation(d, learned):
+        start = Q[:, :d]
         return slicegpt.learn_rotation(fused, calibration, start, args.learn, seed=args.seed) if learned else start
 
-    def shared(network, sparsity, learned=False, tied=False):
-        slicegpt.rotate(network, rotation(sparsity, learned))
+    def shared(network, size, learned=False, tied=False):
+        d = sliced_dimension(len(Q), size, args.round_to) if not by_params else slicegpt.dimension_for(
+            inputs.config, size, args.round_to, "shared", "tied" if tied else "sliced")
+        slicegpt.rotate(network, rotation(d, learned))
         if tied:
             slicegpt.tie_head(network, calibration)
         return slicegpt.standard(network)[0]
 
-    methods = {"block": partial(slice_model, calibration=calibration, round_to=args.round_to, **where),
-               "shared": shared, "shared, tied": partial(shared, tied=True),
+    def block(network, size):
+        return slice_model(network, calibration, size, round_to=args.round_to, **where)
+
+    methods = {"block": block, "shared": shared, "shared, tied": partial(shared, tied=True),
                "shared, learned": partial(shared, learned=True),
                "shared, learned, tied": partial(shared, learned=True, tied=True)}
     one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     sparse = copy.deepcopy(model)
-    networks = [("dense", 0.0, model, 0), ("SparseGPT 2:4", 0.5, sparse, sparsegpt(sparse, calibration, **where))]
+    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **where))]
     for method, sliced in methods.items():
         if ("learned" not in method or args.learn) and ("tied" not in method or one_matrix):
-            networks += [(method, s, sliced(copy.deepcopy(model), sparsity=s), 0) for s in args.sparsities]
+            networks += [(method, sliced(copy.deepcopy(model), size), 0)
+                         for size in (args.params if by_params and method != "block" else args.sparsities)]
     prompt = torch.randint(model.config.vocab_size, (1, min(128, inputs.seqlen // 2)), device=inputs.device)
-    steps, tokens = [decoder(network, prompt) for _, _, network, _ in networks], min(50, inputs.seqlen // 2 - WARM_UP)
+    steps, tokens = [decoder(network, prompt) for _, network, _ in networks], min(50, inputs.seqlen // 2 - WARM_UP)
     seconds, rows = in_turns(steps, tokens, inputs.device, "decoding"), []
-    for (method, sparsity, network, zeros), times in zip(networks, seconds):
+    for (method, network, zeros), times in zip(networks, seconds):
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # stored with each weight that is not zero: 2 bits of where
-        row = {"method": method, "sparsity": sparsity, "parameters": parameters(network) - zeros}
-        rows.append(row | {"share": row["parameters"] / parameters(model),
-                           "gigabytes": (weight_bytes(network) - saved) / 1e9,
-                           "perplexity": slicegpt.perplexity(network, inputs.evaluation_tokens),
-                           "seconds": times.median().item(), "ms": 1e3 * times.median().item(),
-                           "time": quantiles(times / seconds[0])[0]})
+        row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
+               "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
+        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * times.median().item(),
+                "time": quantiles(times / seconds[0])[0]}
+        row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
+        for format in filter(None, args.formats if not zeros else ()):
+            stored, smaller = rounded(network, format)
+            row[f"{format} GB/token"] = smaller * row["gigabytes"]
+            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
+        rows.append(row)
     show(args, f"{args.model}: {inputs.eval_samples} x {inputs.seqlen} tokens of {inputs.eval}, calibrated on "
          f"{inputs.samples} x {inputs.seqlen} of {inputs.calibration}; one token on {inputs.device}, batch 1.\n"
-         "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products", rows,
-         hidden="seconds")
+         "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products", rows)
     draw(args, rows, "method", "parameters time", "perplexity", log="y")
+
+
+@torch.no_grad()
+def rounded(model, format: str) -> tuple:
+    """A copy of a model with its matrices as a format of llama.cpp keeps them, and the share of the bytes that takes.
+
+    (The norms' scales, which are not rounded, are counted as if they were.)
+    """
+    gguf, quants = slicegpt.optional("gguf"), slicegpt.optional("gguf.quants")
+    model = copy.deepcopy(model)
+    with slicegpt.failing(f"cannot round the weights to {format}"):
+        kind = gguf.GGMLQuantizationType[format]
+        weights, size = gguf.GGML_QUANT_SIZES[kind]  # of each few weights of a row, and the bytes they take
+        for W in model.parameters():
+            if W.dim() > 1:
+                W.copy_(torch.from_numpy(quants.dequantize(quants.quantize(W.float().cpu().numpy(), kind), kind)))
+    return model, size / weights / model.dtype.itemsize
 
 
 def spectrum(args):
@@ -571,7 +604,8 @@ REAL = {  # likewise; these take slicegpt.py's options for a model, too
     table1: {"models": [""], "round_to": 8},
     tasks: {"tasks": "piqa,winogrande,hellaswag,arc_easy,arc_challenge", "sparsity": 0.25, "limit": 0,
             "tasks_path": ""},
-    quality: {"sparsities": [0.1, 0.2, 0.3], "round_to": 8, "learn": 0},
+    quality: {"sparsities": [0.1, 0.2, 0.3], "params": [0.0], "round_to": 8, "learn": 0, "eval_also": "",
+              "formats": [""]},
     spectrum: {},
 }
 

@@ -1973,16 +1973,16 @@ def test_the_benchmark_of_quality(tiny):
     assert [row["method"] for row in rows] == ["dense", "SparseGPT 2:4", "block", "shared"]
     _, rows = benchmark(*options, 0.25, 0.5, "--model", path / "tied", "--learn", 2)
     methods = ["block", "shared", "shared, tied", "shared, learned", "shared, learned, tied"]
-    assert [(row["method"], row["sparsity"]) for row in rows] == [
-        ("dense", 0), ("SparseGPT 2:4", 0.5), *itertools.product(methods, (0.25, 0.5))]
+    assert [(row["method"], row["dimension"]) for row in rows] == [
+        ("dense", 16), ("SparseGPT 2:4", 16), *itertools.product(methods, (12, 8))]
     dense, tokens, calibration = inputs_of(path, "tied")
     models = [copy.deepcopy(dense) for _ in rows]
     pruned = 2 * bench.sparsegpt(models[1], calibration)
     Q = shared_rotation(copy.deepcopy(dense), calibration)
     for row, model in zip(rows[2:], models[2:]):
-        d = 12 if row["sparsity"] == 0.25 else 8
+        d = row["dimension"]
         if row["method"] == "block":
-            slice_model(model, calibration, row["sparsity"], round_to=2)
+            slice_model(model, calibration, 1 - d / 16, round_to=2)
         else:
             rotate(model, learn_rotation(model, calibration, Q[:, :d], 2) if "learned" in row["method"] else Q[:, :d])
         if "tied" in row["method"]:
@@ -1991,12 +1991,29 @@ def test_the_benchmark_of_quality(tiny):
     for row, model in zip(rows, models):
         assert math.isclose(row["perplexity"], perplexity(model, tokens), rel_tol=1e-4)
         assert math.isclose(row["share"], row["parameters"] / parameters(dense))
-        assert row["seconds"] > 0 and math.isclose(row["ms"], 1e3 * row["seconds"])
+        assert row["ms"] > 0
     assert len({row["perplexity"] for row in rows}) == len(rows) and rows[0]["time"] == 1
     # of every four float32 weights, 2:4 keeps two and four bits, 68 bits of 128
     assert rows[1]["parameters"] == parameters(dense) - pruned // 2
     assert math.isclose(rows[0]["gigabytes"], bench.weight_bytes(dense) / 1e9)
     assert math.isclose(rows[1]["gigabytes"], (bench.weight_bytes(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
+    _, rows = benchmark(*options, 0.5, "--model", path / "tied", "--params", 0.9, 0.7, "--eval-also", path / "text")
+    for row, share in zip(rows[3:], (0.9, 0.7, 0.9, 0.7), strict=True):
+        assert share - 0.15 < row["share"] <= share and row["on text"] == row["perplexity"]
+
+
+@needs("gguf")
+def test_weights_rounded_to_a_format_of_few_bits():
+    """Blocks of 32 weights have a scale of two bytes: 34 bytes in Q8_0, 18 in Q4_0, of 128."""
+    model = mild(tiny_network(hidden_size=32, intermediate_size=64)).float()
+    eight, four = (bench.rounded(model, format) for format in ("Q8_0", "Q4_0"))
+    assert (eight[1], four[1]) == (34 / 128, 18 / 128)
+    expected = logits(model, BATCH)
+    errors = [((logits(rounded, BATCH) - expected).norm() / expected.norm()).item() for rounded, _ in (eight, four)]
+    assert 0 < errors[0] < 0.02 < errors[1] < 0.3, errors
+    assert {len(row.unique()) <= 16 for row in four[0].lm_head.weight} == {True}
+    with pytest.raises(SliceGPTError, match="cannot round the weights to Q4_0"):
+        bench.rounded(tiny_network(), "Q4_0")
 
 
 @needs()  # with matplotlib, if it is there
