@@ -489,7 +489,7 @@ ARCHITECTURES = {  # by the config's model_type
         Block("ln_1", "attn", "attn.c_attn", "attn.c_proj", attention=True),
         Block("ln_2", "mlp", "mlp.c_fc", "mlp.c_proj"), one_width=True),
     **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss helium ernie4_5 hunyuan_v1_dense "
-                    "granite stablelm".split(), LLAMA),
+                    "granite stablelm exaone internlm3 cwm".split(), LLAMA),
     "olmo": replace(LLAMA, zero_mean=True),
     "arcee": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj")),
     "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj"), zero_mean=True),
@@ -517,9 +517,9 @@ ARCHITECTURES = {  # by the config's model_type
         "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm",
         Block("input_layernorm", "attention", "attention.query_key_value", "attention.dense", attention=True),
         Block("post_attention_layernorm", "mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
-    **dict.fromkeys("mixtral qwen2_moe qwen3_moe olmoe gpt_oss minimax_m2 dots1 glm4_moe ernie4_5_moe "
-                    "hunyuan_v1_moe".split(), MIXTURE),
-    "deepseek_v2": LATENT, "deepseek_v3": LATENT,
+    **dict.fromkeys("mixtral qwen2_moe qwen3_moe olmoe gpt_oss minimax_m2 dots1 glm4_moe ernie4_5_moe hunyuan_v1_moe "
+                    "exaone_moe hy_v3 solar_open".split(), MIXTURE),
+    **dict.fromkeys("deepseek_v2 deepseek_v3 glm4_moe_lite".split(), LATENT),
     "granitemoe": replace(MIXTURE, ffn=Block(
         "post_attention_layernorm", "block_sparse_moe",
         "block_sparse_moe.router block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")),
@@ -578,13 +578,15 @@ def predictions(model) -> Tensor | None:
 
 
 def check_same(model, before: Tensor | None):
-    """Raises SliceGPTError if a model that was fused computes something else than before, beyond rounding.
+    """Raises SliceGPTError if a model that was fused, run as Figure 4 has it, computes something else than before.
 
     A class that only looks like one of the table, or one that has changed, is found out here, whatever it does.
     """
     if before is not None:
         rounding = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-        if (predictions(model) - before).norm() > 3 * rounding * before.norm():
+        with projected(model, torch.eye(model.config.hidden_size, dtype=model.dtype, device=model.device)):
+            error = predictions(model) - before
+        if error.norm() > 3 * rounding * before.norm():
             raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something "
                                 "else")
 

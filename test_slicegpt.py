@@ -57,12 +57,14 @@ TINY_OPT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
             "word_embed_proj_dim": 16, "max_position_embeddings": 32}
 MIXTURES = [family for family, parts in ARCHITECTURES.items() if "experts" in parts.ffn.W_in]
 # of these, transformers keeps something in float32 as it loads them
-NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3")
+NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3",
+          "exaone_moe", "hy_v3", "solar_open", "glm4_moe_lite")
 STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3",
             "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "apertus", "granite", *(set(MIXTURES) - {"olmoe"}),
+           "exaone", "internlm3", "cwm",
             "phi", "starcoder2", "nemotron", "cohere", "cohere2", "olmo")
 ALIKE = [*MIXTURES, "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "granite", "stablelm", "olmo", "cohere2",
-         "codegen", "biogpt"]  # in what they are to this file: of these, fewer examples are drawn
+         "codegen", "biogpt", "exaone", "internlm3", "cwm"]  # in what they are to this file: of these, fewer examples are drawn
 
 
 def needs(*packages):
@@ -151,7 +153,8 @@ GROUPS = {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "n_shared_expert
 RANKS = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 MORE = dict.fromkeys(MIXTURES, {}) | {
     "qwen2_moe": {"shared_expert_intermediate_size": 12, "decoder_sparse_step": 2}, "dots1": GROUPS, "glm4_moe": GROUPS,
-    "deepseek_v2": GROUPS | RANKS | {"q_lora_rank": None}, "deepseek_v3": GROUPS | RANKS,
+    "deepseek_v2": GROUPS | RANKS | {"q_lora_rank": None}, "deepseek_v3": GROUPS | RANKS, "solar_open": GROUPS,
+    "glm4_moe_lite": GROUPS | RANKS, "exaone_moe": GROUPS, "hy_v3": {"num_shared_experts": 1},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     "hunyuan_v1_moe": {"moe_topk": 2}}
 EITHER = st.sampled_from([True, False])
@@ -170,8 +173,8 @@ def networks(draw, family):
     if family in MIXTURES:
         options |= {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 12}
         options |= MORE[family]
-    if family.startswith("deepseek"):
-        options["num_key_value_heads"] = heads
+    if family in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
+        options |= RANKS | {"num_key_value_heads": heads} | options
     elif llama_like or family == "phi":
         options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
     if llama_like or family in ("phi", "gpt_neox", "persimmon"):
@@ -1486,6 +1489,14 @@ def test_a_class_that_only_looks_like_a_known_one_is_refused(monkeypatch, wrong)
     monkeypatch.setitem(ARCHITECTURES, "llama", replace(LLAMA, **wrong))
     with pytest.raises(SliceGPTError, match="cannot slice a llama like this: fused, it computes something else"):
         slice_model(tiny_network(), random_tokens(4, 8))
+
+
+def test_a_class_whose_layers_add_otherwise_is_refused(monkeypatch):
+    """MiniCPM3 has all the parts of the row, but adds only a share of what its blocks compute to the signal."""
+    monkeypatch.setitem(ARCHITECTURES, "minicpm3", replace(LLAMA, attention=slicegpt.LATENT.attention))
+    model = tiny_network("minicpm3", **RANKS | {"num_key_value_heads": 2})
+    with pytest.raises(SliceGPTError, match="cannot slice a minicpm3 like this: fused, it computes something else"):
+        shared_rotation(model, random_tokens(4, 8))
 
 
 def test_slice_model_refuses_bad_arguments():
