@@ -492,6 +492,7 @@ ARCHITECTURES = {  # by the config's model_type
                     "granite stablelm exaone internlm3 cwm".split(), LLAMA),
     "olmo": replace(LLAMA, zero_mean=True),
     "arcee": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj")),
+    "jais2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), zero_mean=True),
     "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj"), zero_mean=True),
     "nemotron": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), norm_offset=1.0, zero_mean=True),
     "gemma": replace(LLAMA, norm_offset=1.0),
