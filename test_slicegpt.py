@@ -992,7 +992,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 import slicegpt
-from test_slicegpt import TINY, TINY_OPT, AutoConfig, AutoModelForCausalLM
+from test_slicegpt import TINY, AutoConfig, AutoModelForCausalLM
 
 def apply(module, function, recurse=True):  # torch's own swaps tensors, which these cannot
     for child in module.children():
@@ -1013,15 +1013,14 @@ slicegpt.check_tokens = slicegpt.check_same = lambda *_: None  # there are no va
 torch.autocast = lambda *_, **__: contextlib.nullcontext()
 torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
 slicegpt.dimension_by_variance = lambda eigenvalues, *_: len(eigenvalues) // 2
-for family in ("llama", "opt", "gpt2", "phi"):
+for family in ("llama", "gpt2", "phi"):
     for home in ("cpu", "gadget:0"):
         for way in ("block", "output", "variance", "shared", "tied", "learned"):
-            if way == "variance" and family == "gpt2":
+            if way == "variance" and family == "gpt2" or home != "cpu" and way in ("output", "shared"):
                 continue
             with FakeTensorMode():
                 device, tokens = torch.device("gadget:0"), torch.zeros(8, 12, dtype=torch.int64)
-                options = TINY_OPT if family == "opt" else TINY | {"head_dim": 8, "sliding_window": 3}
-                config = AutoConfig.for_model(family, vocab_size=40, **options)
+                config = AutoConfig.for_model(family, vocab_size=40, **TINY, head_dim=8, sliding_window=3)
                 model = AutoModelForCausalLM.from_config(config).to(home)
                 if way in ("shared", "tied", "learned"):
                     Q = slicegpt.shared_rotation(model, tokens, device=device)[:, :8]
@@ -1044,7 +1043,7 @@ for family in ("llama", "opt", "gpt2", "phi"):
 def test_every_tensor_is_on_the_device_where_it_is_used():
     """On a device that exists in Python only, whose tensors have no values: one that is elsewhere is an error."""
     process = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
-    assert process.stdout.count("\n") == 46, process.stderr[-3000:]  # it may crash as it ends
+    assert process.stdout.count("\n") == 28, process.stderr[-3000:]  # it may crash as it ends
 
 
 # ---- Models larger than memory --------------------------------------------------------------------------------------
@@ -1102,7 +1101,7 @@ def run_and_die(die_at: int, calls_file, arguments):
     sys.exit(code)
 
 
-@pytest.mark.parametrize("kills, flags", [(8, []), (3, ["--head", "tied"]), (3, ["--rotation", "shared"])])
+@pytest.mark.parametrize("kills, flags", [(6, []), (3, ["--head", "tied"]), (3, ["--rotation", "shared"])])
 def test_a_killed_stream_goes_on_to_the_same_bits(tiny, tmp_path, kills, flags):
     """SIGKILL at random calls and returns of this file's functions, again and again, from beginning to end."""
     deep = tiny_network(num_hidden_layers=4, tie_word_embeddings=True).float()
@@ -1702,13 +1701,13 @@ def test_a_missing_package_is_named(tiny, monkeypatch):
 
 
 def test_the_program_as_a_process(tiny, tmp_path):
-    program = [sys.executable, HERE / "slicegpt.py"]
-    bad = subprocess.run([*program, "--sparsity", "2"], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("slicegpt: argument --sparsity: 2 must be")
+    """It does its work, and what goes wrong at the end is its exit code and its last line."""
     shutil.copytree(tiny[0] / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
-    good = subprocess.run([*map(str, [*program, *tiny[1], "--model", tmp_path / "mod\u00e8le"])], capture_output=True,
-                          text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert good.returncode == 0 and "mod?le" in good.stdout, good.stderr
+    program = [sys.executable, HERE / "slicegpt.py", *tiny[1], "--model", tmp_path / "mod\u00e8le", "--report", tmp_path]
+    process = subprocess.run([*map(str, program)], capture_output=True, text=True,
+                             env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 2 and "mod?le" in process.stdout and "sliced in" in process.stdout
+    assert process.stderr.splitlines()[-1].startswith(f"slicegpt: cannot save to {tmp_path}: ")
 
 
 WRONG = ["-1", "0", "1", "2", "0.5", "8", "33", "nan", "inf", "1e9", "", "\u00e9", "shared", "tied", "full", "output",
@@ -1742,7 +1741,7 @@ def test_the_demo_model_loses_little_by_slicing_and_less_by_learning():
 
 
 def test_a_mixture_of_experts_that_was_trained_loses_little():
-    """On the demo's text, some 20 seconds; perplexities dense, per block, by one rotation, learned."""
+    """On the demo's text, some 15 seconds; perplexities dense, per block, by one rotation, learned."""
     _, tokenizer, *_ = slicegpt.describe("demo")
     tokens, held_out = (tokenize(tokenizer, read_text("pydoc", kept), 128, samples)
                         for kept, samples in ((False, None), (True, 20)))
@@ -1846,16 +1845,20 @@ def test_the_benchmark_of_latency(tiny_shapes, shape, monkeypatch):
         assert 0 < row["p10"] <= row["ms"] <= row["p90"] and 0 < row["time_p10"] <= row["time"] <= row["time_p90"]
         assert math.isclose(row["bandwidth"] * row["copy_gigabytes_per_second"], 1e3 * row["gigabytes"] / row["ms"])
     assert rows[0]["time"] == rows[3]["time"] == 1 and "a copy reads and writes" in out
-    compile = torch.compile  # for the CPU it would call a C++ compiler, which takes long
-    monkeypatch.setattr(torch, "compile", lambda model, mode, **options: compile(model, backend="aot_eager", **options))
-    plain, compiled = (bench.decoder(models[1], random_tokens(1, 6), static) for static in (None, 12))
-    for _ in range(3):
-        assert_same(compiled().logits, plain().logits, 1e-5)
     monkeypatch.setitem(bench.SHAPES[shape][1], "num_hidden_layers", 7)
     out, rows = benchmark(*options, "--layers", 4)
     assert "7 layers, extrapolated from 4 and 2" in out
     full = bench.build(shape, 0.25, 7, torch.float32, "cpu")
     assert math.isclose(rows[1]["gigabytes"], bench.weight_bytes(full) / 1e9)
+
+
+def test_a_compiled_decoder_computes_what_a_plain_one_does(tiny_shapes, monkeypatch):
+    compile = torch.compile  # for the CPU it would call a C++ compiler, which takes long
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **options: compile(model, backend="aot_eager", **options))
+    model = bench.build("tiny-llama", 0.25, 2, torch.float32, "cpu")
+    plain, compiled = (bench.decoder(model, random_tokens(1, 6), static) for static in (None, 12))
+    for _ in range(3):
+        assert_same(compiled().logits, plain().logits, 1e-5)
 
 
 def test_the_benchmark_of_throughput_ends_where_memory_ends(tiny_shapes, monkeypatch):
