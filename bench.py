@@ -88,8 +88,8 @@ def weight_bytes(model) -> int:
     bytes = sum(weight.nbytes for weight in model.parameters()) - (0 if embedding is head else embedding.nbytes)
     for stage in slicegpt.stages(model):
         for linear in stage.readers + stage.writers:
-            if isinstance(linear, slicegpt.Experts):
-                bytes -= linear.weight.nbytes * (1 - model.config.num_experts_per_tok / len(linear.weight))
+            if isinstance(linear, slicegpt.Expert):
+                bytes -= linear.weight.nbytes * (1 - model.config.num_experts_per_tok / len(linear.of_all[0]))
     return round(bytes)
 
 
@@ -346,7 +346,7 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
     SliceGPTError for a mixture of experts, or a matrix whose inputs do not come in fours.
     """
     device, parts = torch.device(device or model.device), slicegpt.architecture(model.config)
-    if any(isinstance(linear, slicegpt.Experts) for stage in slicegpt.stages(model) for linear in stage.readers):
+    if any(isinstance(linear, slicegpt.Expert) for stage in slicegpt.stages(model) for linear in stage.readers):
         raise SliceGPTError("SparseGPT prunes no experts here")
 
     def prune_layer(X, stage) -> int:

@@ -616,26 +616,27 @@ def submodules(module, paths: str) -> list:
         else:
             if isinstance(part, nn.Parameter):
                 owner, _, name = path.lstrip("?").rpartition(".")
-                part = Experts(module.get_submodule(owner), name)
-            if path[0] != "?" or hasattr(part, "weight"):
+                found += [Expert(module.get_submodule(owner), name, number) for number in range(len(part))]
+            elif path[0] != "?" or hasattr(part, "weight"):
                 found.append(part)
     return found
 
 
-class Experts:
-    """The matrices of a mixture's experts, W (experts, inputs, outputs), which are one parameter of their module."""
+class Expert:
+    """One expert of a mixture, as if it were a module: its weight and bias are rows of all experts' parameters."""
 
-    def __init__(self, module, name: str):
-        self.weight, self.module, self.name = getattr(module, name), module, name
+    def __init__(self, module, name: str, number: int):
+        self.number, self.of_all = number, (getattr(module, name), getattr(module, f"{name}_bias", None))
+        self.weight, self.bias = (None if of_all is None else of_all.data[number] for of_all in self.of_all)
         self.transposed = getattr(module, "is_transposed", False)
 
-    @property
-    def bias(self):  # (experts, outputs)
-        return getattr(self.module, f"{self.name}_bias", None)
-
-    @bias.setter
-    def bias(self, bias):
-        setattr(self.module, f"{self.name}_bias", bias)
+    def store(self, *rows):
+        """Sets weight and bias, of any shape. The first expert makes room for all, which are set one after another."""
+        for of_all, row in zip(self.of_all, rows):
+            if row is not None:
+                if self.number == 0:
+                    of_all.data, of_all.grad = stored(row.expand(len(of_all), *row.shape), like=of_all), None
+                of_all.data[self.number] = row
 
 
 def resize(stage: Stage, D: int, d: int):
@@ -648,17 +649,14 @@ def resize(stage: Stage, D: int, d: int):
 
 
 def matrix(module) -> Tensor:
-    """W (inputs, outputs) in float64: of an embedding, a Conv1D (GPT-2), or a Linear, which stores its transpose.
-
-    Of the experts of a mixture, W (experts, inputs, outputs).
-    """
+    """W (inputs, outputs) in float64: of an embedding, a Conv1D (GPT-2), or a Linear, which stores its transpose."""
     return as_stored(module, module.weight.detach().double())
 
 
 def as_stored(module, W: Tensor) -> Tensor:
     """W as a module stores it, or as it multiplies from the right, of the other."""
     straight = isinstance(module, (nn.Embedding, Conv1D)) or getattr(module, "transposed", False)
-    return W if straight else W.mT
+    return W if straight else W.T
 
 
 def set_matrix(module, W: Tensor, bias: Tensor | None):
@@ -666,7 +664,10 @@ def set_matrix(module, W: Tensor, bias: Tensor | None):
 
     The parameter stays the same one, so whoever shares it, as a tied head does, goes on sharing it.
     """
-    inputs, outputs = W.shape[-2:]
+    inputs, outputs = W.shape
+    if isinstance(module, Expert):
+        module.store(as_stored(module, W), bias)
+        return
     if isinstance(module, nn.Embedding):
         module.embedding_dim = outputs
     elif isinstance(module, Conv1D):

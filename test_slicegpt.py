@@ -576,12 +576,11 @@ def test_shapes_and_the_number_of_parameters(model, sparsity, head):
         assert getattr(stage.layer, stage.shortcut).shape == (d_in, d_out)
         expected += d_in * d_out
         for linear in stage.readers:
-            assert matrix(linear).shape[-2] == d_in
-            expected -= (D - d_in) * (matrix(linear).numel() // d_in)  # once for each expert
+            assert matrix(linear).shape[0] == d_in
+            expected -= (D - d_in) * matrix(linear).shape[1]
         for linear in stage.writers:
-            assert matrix(linear).shape[-1] == d_out
-            bias = getattr(linear, "bias", None)
-            expected -= (D - d_out) * ((matrix(linear).numel() + (0 if bias is None else bias.numel())) // d_out)
+            assert matrix(linear).shape[1] == d_out
+            expected -= (D - d_out) * (matrix(linear).shape[0] + (getattr(linear, "bias", None) is not None))
     assert matrix(lm_head).shape == (d_head, VOCABULARY)
     assert parameters(model) == expected - (D - d_head) * VOCABULARY
 
