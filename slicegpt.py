@@ -856,61 +856,61 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
 
     Theorem 1 leaves Q free, so it may be chosen by what the sliced network says instead of by variance: by descent on
     the Kullback-Leibler divergence, in nats per token, of its next-token distributions from the dense network's, on
-    sequences of up to 256 calibration tokens, random ones under the seed, `batch_size` in a step. What moves is V
-    (D, d), at first 0; Q is the orthogonal factor (QR) of Q + V. learning_rate: by default proportional to the entries
-    of a Q. No weight is changed, see `projected`. Fuses the model, and sets it to eval mode. Memory: the signals
-    between the layers; within them, one layer's at a time. Raises SliceGPTError for a divergence that is not finite.
+    sequences of up to 256 calibration tokens, random ones under the seed, `batch_size` in a step. What moves is B
+    (D - d, d), at first 0; Q is the orthogonal factor (QR) of Q + N B, where N spans the rest. Along a strong signal
+    small turns do harm: columns of B with a first gradient above the median move less. learning_rate: by default
+    proportional to the entries of a Q. No weight is changed, see `projected`. Fuses the model, and sets it to eval
+    mode. Memory: what the layers compute of a step's tokens. Raises SliceGPTError for a divergence that is not finite.
     """
     check_sliceable(model.config, calibration)
     fuse(model.eval())
     length = min(256, calibration.shape[1])
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
     generator = torch.Generator().manual_seed(seed)
-    batches = [pieces[torch.randint(len(pieces), (batch_size,), generator=generator)] for _ in range(steps)]
-    start = agreed(Q).to(model.device)
-    V = torch.zeros_like(start, dtype=torch.promote_types(model.dtype, torch.float32), requires_grad=True)
-    V.register_hook(total)
+    first, *batches = (pieces[torch.randint(len(pieces), (batch_size,), generator=generator)] for _ in range(steps + 1))
+    start = agreed(Q).double().to(model.device)
+    N = agreed(torch.linalg.qr(start, mode="complete").Q[:, Q.shape[1]:])
+    B = torch.zeros(N.shape[1], Q.shape[1], dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
+    B.requires_grad_().register_hook(total)
+    scale = 1.0
 
-    def divergence(batch):
+    def divergence(batch):  # plus the dense network's entropy, a constant
         mine = share(batch).to(model.device)
         with torch.no_grad():
-            expected = model(mine, use_cache=False).logits
-        with projected(model, torch.linalg.qr(start.to(V) + V).Q.to(model.dtype)):
-            found = model(mine, use_cache=False).logits
-        expected, found = (at_least_float32(logits.flatten(0, 1)).log_softmax(-1) for logits in (expected, found))
-        count = total(torch.ones_like(mine).sum())
-        return F.kl_div(found, expected, log_target=True, reduction="sum") / count
+            expected = at_least_float32(model(mine, use_cache=False).logits.flatten(0, 1)).softmax(-1)
+        with projected(model, torch.linalg.qr(start.to(B) + N.to(B) @ (B * scale)).Q):
+            found = at_least_float32(model(mine, use_cache=False).logits.flatten(0, 1))
+        return F.cross_entropy(found, expected, reduction="sum") / total(torch.ones_like(mine).sum())
 
     try:
         model.requires_grad_(False)
-        descend([V], batches, divergence, learning_rate or 0.07 / math.sqrt(len(Q)),
+        felt = torch.autograd.grad(divergence(first), B)[0].norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
+        scale = (felt.median() / felt).clamp_max(1)
+        descend([B], batches, divergence, learning_rate or 0.07 / math.sqrt(len(Q)),
                 "learning to predict as the dense network does")
     finally:
         model.requires_grad_(True)
-    return torch.linalg.qr(start.double() + V.detach().double()).Q
+    return torch.linalg.qr(start + N @ (B * scale).detach().double()).Q
 
 
 @contextlib.contextmanager
 def projected(model, Q: Tensor):
     """Inside, a fused model computes what `rotate(model, Q)` would make of it, with no weight rewritten.
 
-    Z Q is written instead of Z, and X Q^T read instead of X. Of what is computed within a layer nothing is kept for the
-    gradient; it is computed again.
+    Its signal stays in D dimensions: Z Q Q^T is written instead of Z.
     """
-    of_all_layers = stages(model)
+    P, of_all_layers = (Q @ Q.T).to(model.dtype), stages(model)
 
     def forward(layer, X, *args, **kwargs):
         for stage in of_all_layers:
             if stage.layer is layer:
-                X = X + stage(X @ Q.T, *args, **kwargs) @ Q
+                X = X + stage(X, *args, **kwargs) @ P
         return X
 
     with contextlib.ExitStack() as hooks:
         for embedding in embeddings(model):
-            hooks.enter_context(embedding.register_forward_hook(lambda module, inputs, X: X @ Q))
-        lm_head = model.get_output_embeddings()
-        hooks.enter_context(lm_head.register_forward_pre_hook(lambda module, inputs: inputs[0] @ Q.T))
-        hooks.enter_context(layers_do(partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False), model))
+            hooks.enter_context(embedding.register_forward_hook(lambda module, inputs, X: X @ P))
+        hooks.enter_context(layers_do(forward, model))
         yield
 
 
