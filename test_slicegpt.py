@@ -792,7 +792,7 @@ def test_a_projected_network_is_the_sliced_one(model, batch, seed):
 def test_a_learned_rotation_costs_the_output_less(model, seed):
     tokens, D = random_tokens(8, 12, seed), model.config.hidden_size
     start, before = shared_rotation(model, tokens)[:, :D // 2], copy.deepcopy(model)
-    Q = learn_rotation(model, tokens, start, 15, batch_size=64, learning_rate=0.003)
+    Q = learn_rotation(model, tokens, start, 10, batch_size=32, learning_rate=0.003)
     assert Q.shape == start.shape and Q.dtype == torch.float64 and not Q.requires_grad
     assert_same(Q.T @ Q, torch.eye(D // 2).double(), 1e-12)
     assert divergence(model, Q, tokens) < divergence(model, start, tokens)
