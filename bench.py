@@ -506,16 +506,21 @@ def quality(args):
         start = Q[:, :d]
         return slicegpt.learn_rotation(fused, calibration, start, args.learn, seed=args.seed) if learned else start
 
+    def spread(d):  # by Theorem 1 it changes nothing, and weights of about one size lose less when they are rounded
+        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=inputs.device)).Q
+
     def shared(network, size, learned=False, tied=False):
         d = sliced_dimension(len(Q), size, args.round_to) if not by_params else slicegpt.dimension_for(
             inputs.config, size, args.round_to, "shared", "tied" if tied else "sliced")
-        slicegpt.rotate(network, rotation(d, learned))
+        slicegpt.rotate(network, rotation(d, learned) @ spread(d))
         if tied:
             slicegpt.tie_head(network, calibration)
         return slicegpt.standard(network)[0]
 
     def block(network, size):
-        return slice_model(network, calibration, size, round_to=args.round_to, **where)
+        slice_model(network, calibration, size, round_to=args.round_to, **where)
+        slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
+        return network
 
     methods = {"block": block, "shared": shared, "shared, tied": partial(shared, tied=True),
                "shared, learned": partial(shared, learned=True),
