@@ -64,7 +64,7 @@ STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_
            "exaone", "internlm3", "cwm", "jais2",
             "phi", "starcoder2", "nemotron", "cohere", "cohere2", "olmo")
 ALIKE = [*MIXTURES, "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "granite", "stablelm", "olmo", "cohere2",
-         "codegen", "biogpt", "exaone", "internlm3", "cwm"]  # in what they are to this file: of these, fewer examples are drawn
+         "codegen", "biogpt", "exaone", "internlm3", "cwm"]  # to this file: of these, fewer examples are drawn
 
 
 def needs(*packages):
@@ -1702,9 +1702,9 @@ def test_a_missing_package_is_named(tiny, monkeypatch):
 def test_the_program_as_a_process(tiny, tmp_path):
     """It does its work, and what goes wrong at the end is its exit code and its last line."""
     shutil.copytree(tiny[0] / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
-    program = [sys.executable, HERE / "slicegpt.py", *tiny[1], "--model", tmp_path / "mod\u00e8le", "--report", tmp_path]
-    process = subprocess.run([*map(str, program)], capture_output=True, text=True,
-                             env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    options = [*tiny[1], "--model", tmp_path / "mod\u00e8le", "--report", tmp_path]
+    process = subprocess.run([sys.executable, HERE / "slicegpt.py", *map(str, options)], capture_output=True,
+                             text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert process.returncode == 2 and "mod?le" in process.stdout and "sliced in" in process.stdout
     assert process.stderr.splitlines()[-1].startswith(f"slicegpt: cannot save to {tmp_path}: ")
 
