@@ -61,7 +61,7 @@ NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_mo
           "exaone_moe", "hy_v3", "solar_open", "glm4_moe_lite")
 STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3",
             "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "apertus", "granite", *(set(MIXTURES) - {"olmoe"}),
-           "exaone", "internlm3", "cwm", "jais2",
+            "exaone", "internlm3", "cwm", "jais2",
             "phi", "starcoder2", "nemotron", "cohere", "cohere2", "olmo")
 ALIKE = [*MIXTURES, "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "granite", "stablelm", "olmo", "cohere2",
          "codegen", "biogpt", "exaone", "internlm3", "cwm"]  # to this file: of these, fewer examples are drawn
