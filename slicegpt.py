@@ -858,13 +858,12 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
 
     Theorem 1 leaves Q free, so it may be chosen by what the sliced network says instead of by variance: by descent on
     the cross entropy, in nats per token, of its next-token distributions with what is expected. That is four fifths the
-    dense network's distribution and one fifth the token that follows, which the dense network may not know; more than
-    that does harm on other texts. A step takes `batch_size` sequences of up to 256 calibration tokens, random ones
-    under the seed. What moves is B (D - d, d), at first 0; Q is the orthogonal factor (QR) of Q + N B, where N spans
-    the rest. Along a strong signal small turns do harm: columns of B with a first gradient above the median move less.
-    learning_rate: by default proportional to the entries of a Q. No weight is changed, see `projected`. Fuses the
-    model, and sets it to eval mode. Memory: what the layers compute of a step's tokens. Raises SliceGPTError for a loss
-    that is not finite.
+    dense network's distribution and one fifth the token that follows; more does harm on other texts. A step takes
+    `batch_size` random sequences of up to 256 calibration tokens. What moves is B (D - d, d), at first 0; Q is the
+    orthogonal factor (QR) of Q + N B, where N spans the rest. Along a strong signal small turns do harm: columns of B
+    with a first gradient above the median move less. learning_rate: by default proportional to the entries of a Q. No
+    weight is changed, see `projected`. Fuses the model, and sets it to eval mode. Memory: what the layers compute of a
+    step's tokens. Raises SliceGPTError for a loss that is not finite.
     """
     check_sliceable(model.config, calibration)
     fuse(model.eval())
@@ -884,16 +883,14 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
             expected = at_least_float32(model(mine, use_cache=False).logits).softmax(-1).mul_(1 - 0.2)
             expected[:, :-1].scatter_(-1, mine[:, 1:, None], 0.2, reduce="add")
         with projected(model, torch.linalg.qr(start.to(B) + N.to(B) @ (B * scale)).Q):
-            found = at_least_float32(model(mine, use_cache=False).logits)
-        loss = F.cross_entropy(found.flatten(0, 1), expected.flatten(0, 1), reduction="sum")
-        return loss / total(torch.ones_like(mine).sum())
+            found = at_least_float32(model(mine, use_cache=False).logits.flatten(0, 1))
+        return F.cross_entropy(found, expected.flatten(0, 1), reduction="sum") / total(torch.ones_like(mine).sum())
 
     try:
         model.requires_grad_(False)
         felt = torch.autograd.grad(loss_of(first), B)[0].norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
         scale = (felt.median() / felt).clamp_max(1)
-        descend([B], batches, loss_of, learning_rate or 0.07 / math.sqrt(len(Q)),
-                "learning to predict as the dense network does")
+        descend([B], batches, loss_of, learning_rate or 0.07 / math.sqrt(len(Q)), "learning the rotation")
     finally:
         model.requires_grad_(True)
     return torch.linalg.qr(start + N @ (B * scale).detach().double()).Q

@@ -813,7 +813,7 @@ def test_learning_the_rotation_of_an_unsliced_network_changes_nothing(model, bat
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_step_of_learning_is_down_the_loss_that_is_promised(seed):
-    """Four fifths the dense network's distribution, one fifth the next token; strong columns move less, all downwards."""
+    """Four fifths the dense network's distribution, one fifth the next token; strong columns move less."""
     model, tokens, start = tiny_network(), random_tokens(1, 8, seed), random_rotation(16, seed)[:, :10]
     fuse(model)
     M, N = start.clone().requires_grad_(), torch.linalg.qr(start, mode="complete").Q[:, 10:]
@@ -1543,7 +1543,7 @@ def test_what_is_not_finite_is_refused():
         slice_model(model, tokens)
     model = tiny_network()
     model.lm_head.weight.data[5] = math.inf
-    with pytest.raises(SliceGPTError, match="not finite in learning to predict"):
+    with pytest.raises(SliceGPTError, match="not finite in learning the rotation"):
         learn_rotation(model, tokens, random_rotation(16, 0)[:, :8], 2)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
