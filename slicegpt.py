@@ -859,11 +859,11 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     Theorem 1 leaves Q free, so it may be chosen by what the sliced network says instead of by variance: by descent on
     the cross entropy, in nats per token, of its next-token distributions with what is expected. That is four fifths the
     dense network's distribution and one fifth the token that follows, which helps on such texts more than it harms on
-    others. A step takes `batch_size` random sequences of up to 256 calibration tokens. What moves is B (D - d, d), at
-    first 0; Q is the orthogonal factor (QR) of Q + N B, where N spans the rest. Along a strong signal small turns do
-    harm: columns of B with a first gradient above the median move less. learning_rate: by default proportional to the
-    entries of a Q. No weight is changed, see `projected`. Fuses the model, and sets it to eval mode. Memory: what the
-    layers compute of a step's tokens. Raises SliceGPTError for a loss that is not finite.
+    others. A step takes `batch_size` sequences of up to 256 calibration tokens, random ones under the seed. What moves
+    is B (D - d, d), at first 0; Q is the orthogonal factor (QR) of Q + N B, where N spans the rest. Along a strong
+    signal small turns do harm: columns of B with a first gradient above the median move less. learning_rate: by default
+    proportional to the entries of a Q. No weight is changed, see `projected`. Fuses the model, and sets it to eval
+    mode. Memory: what the layers compute of a step's tokens. Raises SliceGPTError for a loss that is not finite.
     """
     check_sliceable(model.config, calibration)
     fuse(model.eval())
