@@ -29,6 +29,7 @@ import ctypes
 import glob
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -218,22 +219,28 @@ def fuse(model):
         raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
     if hasattr(model.config, "slicegpt"):
         return
-    before = predictions(model)
-    become_sliced(model)  # the same network, of a class that knows its shape, with a head of its own
+    check_row(model)
+    lm_head = model.get_output_embeddings()
+    lm_head.weight = nn.Parameter(lm_head.weight.detach())
     for embedding in embeddings(model):
         fuse_writer(last_norm(model), embedding)
     for stage in stages(model):
-        norms = {block.norm: stage.layer.get_submodule(block.norm) for block in stage.blocks}
-        for block in stage.blocks:
-            for linear in submodules(stage.layer, block.W_in):
-                fuse_reader(norms[block.norm], linear, parts.norm_offset)
-            for linear in submodules(stage.layer, block.W_out):
-                fuse_writer(norms[block.norm], linear)
-        for path, norm in norms.items():
-            stage.layer.set_submodule(path, without_scale(norm, D))
-    fuse_reader(last_norm(model), model.get_output_embeddings(), parts.norm_offset)
+        fuse_stage(stage, parts.norm_offset, D)
+    fuse_reader(last_norm(model), lm_head, parts.norm_offset)
     model.set_submodule(parts.norm, without_scale(last_norm(model), D))
-    check_same(model, before)
+    become_sliced(model)  # the same network, of a class that knows its shape
+
+
+def fuse_stage(stage: Stage, offset: float, D: int):
+    """Figure 3, for the blocks of a stage: M and diag(alpha) go into their matrices, and the norms keep no scale."""
+    norms = {block.norm: stage.layer.get_submodule(block.norm) for block in stage.blocks}
+    for block in stage.blocks:
+        for linear in submodules(stage.layer, block.W_in):
+            fuse_reader(norms[block.norm], linear, offset)
+        for linear in submodules(stage.layer, block.W_out):
+            fuse_writer(norms[block.norm], linear)
+    for path, norm in norms.items():
+        stage.layer.set_submodule(path, without_scale(norm, D))
 
 
 def fuse_reader(norm, linear, offset: float):
@@ -567,31 +574,45 @@ def centres(norm) -> bool:
     return "LayerNorm" in type(norm).__name__
 
 
-def predictions(model) -> Tensor | None:
-    """Logits (1, 8, vocabulary) of a short sequence; none of a model without values, or one that is not in memory."""
-    if model.device.type == "meta" or WORK.get():
-        return None
-    tokens = torch.arange(min(8, model.config.vocab_size, positions(model.config)), device=model.device)[None]
-    training = model.training
-    logits = model.eval()(tokens, use_cache=False).logits.double()
-    model.train(training)
-    return logits
+@torch.no_grad()
+def check_row(model):
+    """Raises SliceGPTError if a dense model computes something else than Figure 4 makes of its row in the table.
 
-
-def check_same(model, before: Tensor | None):
-    """Raises SliceGPTError if a model that was fused, run as Figure 4 has it, computes something else than before.
-
-    A class that only looks like one of the table, or one that has changed, is found out here, whatever it does.
+    A class that only looks like one of the table, or one that has changed, is found out here, before a weight changes.
+    Random tokens are embedded. To that signal X, each layer must add the same as it is and fused; both are computed by
+    a copy in float32 at least, since a narrow type would hide a difference. What the head reads must have the direction
+    of what the last norm gives. Both are medians over the tokens, as rounding may send a few to another expert.
     """
-    if before is not None:
-        rounding = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-        spread = len({W.device for W in model.parameters()}) > 1  # then accelerate's hooks have to call the layers
-        identity = torch.eye(model.config.hidden_size, dtype=model.dtype, device=model.device)
-        with contextlib.nullcontext() if spread else projected(model, identity):
-            error = predictions(model) - before
-        if error.norm() > 3 * rounding * before.norm():
-            raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something "
-                                "else")
+    parts, D, norm, read = architecture(model.config), model.config.hidden_size, last_norm(model), []
+    if any(isinstance(module, RMSNorm) for module in model.modules()):
+        raise SliceGPTError("an error left it half fused or half rotated: load it again")
+    if model.device.type == "meta":  # without values
+        return
+    dtype, training = torch.promote_types(model.dtype, torch.float32), model.training
+    tokens = torch.randint(model.config.vocab_size, (1, min(16, positions(model.config))),
+                           generator=torch.Generator().manual_seed(0)).to(model.device)
+    X, calls = embed(model.eval(), tokens)
+    with layers_do(lambda _, X, *args, **kwargs: X, model), model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: read.append(inputs[0].to(dtype))):
+        model(tokens, use_cache=False)
+    model.train(training)
+    right = F.cosine_similarity(norm(X).to(dtype), read[0], dim=-1).median() > 0.99
+    M = torch.eye(D, dtype=dtype, device=X.device) - centres(norm) / D
+    X = X.to(dtype) @ M
+    for number, of_layer in itertools.groupby(stages(model), lambda stage: stage.number):
+        layer = copy.deepcopy(layers(model)[number]).to(dtype).eval()
+        device = next(layer.parameters()).device
+        X, args, kwargs = tree_map(lambda a: a.to(device, dtype if a.is_floating_point() else a.dtype)
+                                   if isinstance(a, Tensor) else a, (X, *calls[number]))
+        expected, found = layer(X, *args, **kwargs), X
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        for stage in (replace(stage, layer=layer, args=args, kwargs=kwargs) for stage in of_layer):
+            fuse_stage(stage, parts.norm_offset, D)
+            found = found + stage(found)
+        difference, added = (found - expected @ M.to(device)).norm(dim=-1), (expected - X).norm(dim=-1)
+        right = right and difference.median() <= 1e-3 * added.median()
+    if not right:
+        raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
 
 
 def layers(model) -> nn.ModuleList:
@@ -1256,11 +1277,10 @@ def blank(mixin: type, base: type):
 
 def become_sliced(model):
     """Gives a dense model, in place, class and config of a sliced one that has all dimensions, and untied weights."""
-    lm_head, shared, config = model.get_output_embeddings(), model.config, copy.deepcopy(model.config)
+    shared, config = model.config, copy.deepcopy(model.config)
     for module in model.modules():  # other models may have been made from the same config
         if getattr(module, "config", None) is shared:
             module.config = config
-    lm_head.weight = nn.Parameter(lm_head.weight.detach())
     config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
     model._weight_conversions = []  # nor may it save under names that only the dense model's class understands
@@ -1280,7 +1300,12 @@ def load(name, dtype="auto", device="cpu", **options):
     config, tokenizer, path, files = describe(name, **{key: options[key] for key in ("revision", "token", "cache_dir")
                                                        if key in options})
     if name == "demo" and not path.exists():
-        train_demo(path, config, tokenizer)
+        model = train_demo(config, tokenizer)
+        try:
+            save(model, tokenizer, path)
+        except SliceGPTError as error:  # another process was faster, or nothing can be written there
+            print(f"slicegpt: the demo model is not kept: {error}", file=sys.stderr)
+        return model.to(device, None if dtype == "auto" else dtype), tokenizer
     with failing(f"cannot load {name}"):
         auto = SlicedForCausalLM if hasattr(config, "slicegpt") else AutoModelForCausalLM
         if files:
@@ -1358,6 +1383,15 @@ def unfinished(path: Path) -> Path:
         return folder
 
 
+def check_writable(path: Path):
+    """Raises SliceGPTError if no file can be written there."""
+    with failing(f"cannot write {path}"):
+        there = path.exists()
+        open(path, "a").close()
+        if not there:
+            path.unlink()
+
+
 def complete(folder: Path, source: str):
     """Adds to a saved model what other programs read, and transformers 5 does not write.
 
@@ -1424,8 +1458,8 @@ def untrained_demo() -> tuple:
     return config, transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>")
 
 
-def train_demo(path: Path, config, tokenizer):
-    """Trains the demo model, once, and saves it to `path`."""
+def train_demo(config, tokenizer):
+    """The demo model, trained on the language reference."""
     if dist.is_initialized():
         raise SliceGPTError("the demo model is trained by one process: run it once without torchrun")
     tokens = tokenize(tokenizer, read_text("pydoc", evaluation=False), seqlen=256)
@@ -1434,7 +1468,7 @@ def train_demo(path: Path, config, tokenizer):
         model = AutoModelForCausalLM.from_config(config)
         batches = [tokens[torch.randint(len(tokens), (8,))] for _ in range(400)]
         train(model, batches, 3e-3, "training the demo model, this once")
-    save(model, tokenizer, path)
+    return model
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -1541,8 +1575,8 @@ def prepare(args) -> argparse.Namespace:
     if args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")):
         raise SliceGPTError("--stream needs .safetensors files, which can be mapped into memory, and "
                             f"{args.model} has none")
-    if args.report and not args.report.parent.is_dir():
-        raise SliceGPTError(f"cannot write {args.report}: there is no directory {args.report.parent}")
+    if args.report:
+        check_writable(args.report)
     if args.finetune:
         optional("peft")
     if args.save:
