@@ -134,8 +134,8 @@ def decoder(model, prompt: Tensor, static: int | None = None):
     return lambda: step(token, attention_mask=mask, position_ids=positions.add_(1), cache=past, use_cache=True)
 
 
-def show(args, title: str, rows: list[dict], hidden: str = ""):
-    """Prints the rows as a table, a column for each key that is not hidden; and writes them for --json."""
+def show(args, title: str, rows: list[dict]):
+    """Prints the rows as a table, a column for each key that is a figure to read; and writes them for --json."""
     headings = {"ms": "ms/token", "gigabytes": "GB/token", "held": "GB in all", "bandwidth": "of a copy's",
                 "speed": "tokens/s", "sparse": "2:4", "forward": "dense pass", "body": "without head"}  # else the key
 
@@ -144,7 +144,8 @@ def show(args, title: str, rows: list[dict], hidden: str = ""):
             return f"{value:.0%}" if key in ("sparsity", "bandwidth") else f"{value:.3f}"
         return "-" if value is None else f"{value:,d}" if isinstance(value, int) else value
 
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden.split()]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in
+            ("copy_gigabytes_per_second", "eigenvalues")]
     table = [["", *(headings.get(key, key) for key in keys[1:])]]
     table += [[text(key, row.get(key)) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -154,7 +155,8 @@ def show(args, title: str, rows: list[dict], hidden: str = ""):
         print(f"{first:{widths[0]}}", *numbers, sep="")
     print(flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        with slicegpt.failing(f"cannot write {args.json}"):
+            args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def draw(args, rows: list[dict], name: str, x: str, y: str, log: str = ""):
@@ -179,7 +181,7 @@ def draw(args, rows: list[dict], name: str, x: str, y: str, log: str = ""):
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
 
-def latency(args):
+def latency(args, rows):
     """Table 2: the time of one token, dense, sliced per block and by one rotation, beside a copy in memory."""
     full = SHAPES[args.shape][1]["num_hidden_layers"]
     # fewer --layers than that are measured at that depth and at half of it; the layers' time is the difference
@@ -199,7 +201,6 @@ def latency(args):
     held = [sum(weight.nbytes for weight in model.parameters()) for model in models]
     held, sizes = (at_full_depth(torch.tensor(bytes, dtype=torch.float64)).tolist()
                    for bytes in (held, [weight_bytes(model) for model in models]))
-    rows = []
     for length in args.prompt_lengths:
         prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
         static = max(args.prompt_lengths) + args.tokens + WARM_UP if args.compile else None
@@ -213,15 +214,15 @@ def latency(args):
                          "time_p10": low, "time_p90": high, "gigabytes": size / 1e9, "bytes": size / sizes[0],
                          "held": all_bytes / 1e9,
                          "bandwidth": size / median * 1e3 / bandwidth, "copy_gigabytes_per_second": bandwidth / 1e9})
-    show(args, f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, {args.tokens} times"
-         f"{', compiled' * args.compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
-         + (f", extrapolated from {depths[0]} and {depths[-1]}" * (len(depths) > 1)), rows, "copy_gigabytes_per_second")
     draw(args, rows, "network", "prompt", "ms")
+    return (f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, {args.tokens} times"
+            f"{', compiled' * args.compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
+            + f", extrapolated from {depths[0]} and {depths[-1]}" * (len(depths) > 1))
 
 
-def throughput(args):
+def throughput(args, rows):
     """A.6: tokens per second in the middle of sequences, with batches doubled until that drops or memory runs out."""
-    rows, best = [], {}
+    best = {}
     for sparsity in (None, *args.sparsities):
         name, batch = "dense" if sparsity is None else f"block {sparsity:.0%}", 1
         model = build(args.shape, sparsity, args.layers, args.dtype, args.device)
@@ -243,15 +244,15 @@ def throughput(args):
         row["note"] = "out of memory" if row["speed"] is None else ""
         if row["speed"] and row["speed"] == best[row["network"]]:
             row["note"] = f"best: {row['speed'] / best['dense']:.2f} of dense" if "dense" in best else "best"
-    show(args, f"{args.shape}, {args.dtype}, {args.device}: sequences of {args.seqlen} tokens", rows)
     draw(args, rows, "network", "batch", "speed", log="xy")
+    return f"{args.shape}, {args.dtype}, {args.device}: sequences of {args.seqlen} tokens"
 
 
 @torch.no_grad()
-def ops(args):
+def ops(args, rows):
     """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where the device has that."""
     dense, sliced = (build(args.shape, sparsity, 1, args.dtype, args.device) for sparsity in (None, args.sparsity))
-    rows, why_not = [], ""
+    why_not = ""
 
     def random(*shape):
         return torch.randn(*shape, dtype=args.dtype, device=args.device)
@@ -273,7 +274,7 @@ def ops(args):
                     works["sparse"]()
                 except Exception as error:  # torch has many ways to say that it has no such product
                     works.pop("sparse", None)
-                    why_not = f"2:4: torch has no such product here ({slicegpt.first_line(error)})"
+                    why_not = f"\n2:4: torch has no such product here ({slicegpt.first_line(error)})"
                 add(path, tokens, works)
             S = getattr(after.layer, after.shortcut)  # (d_in, d_out)
             z, x = random(tokens, S.shape[1]), random(tokens, S.shape[0])
@@ -285,18 +286,16 @@ def ops(args):
         row.setdefault("sparse")
         for name in ("sliced", "sparse"):
             row[f"{name}_time"] = row[name] / row["dense"] if row[name] and row.get("dense") else None
-    show(args, f"{args.shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {args.repeat} times each, "
-         f"sliced {args.sparsity:.0%}", rows)
-    if why_not:
-        print(why_not)
+    return (f"{args.shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {args.repeat} times each, "
+            f"sliced {args.sparsity:.0%}{why_not}")
 
 
-def cost(args):
+def cost(args, rows):
     """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass."""
     if args.finetune and not importlib.util.find_spec("peft"):
         print("without RFT: this needs the package peft: pip install peft")
         args.finetune = 0
-    rows, victim, peaks = [], None, {}
+    victim, peaks = None, {}
 
     def renew():  # what is sliced and then fine-tuned
         nonlocal victim
@@ -331,9 +330,9 @@ def cost(args):
         row = {"shape": shape, "samples": samples, "tokens": tokens.numel(), "parameters": parameters(model)}
         row |= dict(zip(works, quantiles(seconds)[0]))
         rows.append(row | peaks | {"ratio": quantiles(seconds[2] / seconds[0])[0]})
-    show(args, f"{args.dtype}, {args.device}: seconds, GiB at the peak (two copies of the model are held), sparsity "
-         f"{args.sparsity:.0%}, {args.repeat} rounds, RFT by {args.finetune} sequences", rows)
     draw(args, rows, "shape", "tokens", "slicing", log="xy")
+    return (f"{args.dtype}, {args.device}: seconds, GiB at the peak (two copies of the model are held), sparsity "
+            f"{args.sparsity:.0%}, {args.repeat} rounds, RFT by {args.finetune} sequences")
 
 
 # ---- SparseGPT 2:4, the paper's baseline ----------------------------------------------------------------------------
@@ -422,10 +421,10 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 }
 
 
-def table1(args):
+def table1(args, rows):
     """Table 1: WikiText-2 perplexity; beside the paper's, where the model's name is one of the paper's."""
     sparsities = (0.1, 0.2, 0.25, 0.3)
-    rows = [{"method": name} for name in ("dense", "SparseGPT 2:4", *(f"SliceGPT {s:.0%}" for s in sparsities))]
+    rows += [{"method": name} for name in ("dense", "SparseGPT 2:4", *(f"SliceGPT {s:.0%}" for s in sparsities))]
     labels = {Path(name).name: name for name in [name or args.model for name in args.models]}
     for label, name in labels.items():
         inputs, model = read_model(argparse.Namespace(**vars(args) | {"model": name}))
@@ -440,13 +439,13 @@ def table1(args):
             with slicegpt.placed(network, inputs.device):
                 row[label] = slicegpt.perplexity(network, inputs.evaluation_tokens, device=inputs.device)
             row[f"{label} in the paper"] = published
-    show(args, f"perplexity on {inputs.eval}, sequences of {inputs.seqlen} tokens, calibrated on {inputs.samples} of "
-         f"{inputs.calibration}", rows)
     draw(args, [{"model": label, "%": 100 * s, "perplexity": row[label]} for label in labels
                 for s, row in zip((0, *sparsities), [rows[0], *rows[2:]])], "model", "%", "perplexity", log="y")
+    return (f"perplexity on {inputs.eval}, sequences of {inputs.seqlen} tokens, calibrated on {inputs.samples} of "
+            f"{inputs.calibration}")
 
 
-def tasks(args):
+def tasks(args, rows):
     """Figure 5: zero-shot accuracy of a model and of its slice; or of a model that is sliced already.
 
     By the LM Evaluation Harness; normalised by the length of the answers (acc_norm) where a task has that, as in the
@@ -460,7 +459,7 @@ def tasks(args):
         near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
         raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
     inputs, model = read_model(args, may_be_sliced=True)
-    rows, average, title = {}, {"task": "average"}, args.model
+    average, title = {"task": "average"}, args.model
 
     def measure(network: str):
         with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
@@ -474,31 +473,45 @@ def tasks(args):
             if f"{metric},none" not in found:
                 raise SliceGPTError(f"the task {name} measures no accuracy")
             accuracy, error = found[f"{metric},none"], found[f"{metric}_stderr,none"]
-            row = rows.setdefault(name, {"task": name, "metric": metric})
-            row |= {network: accuracy, f"{network}_error": None if error == "N/A" else error}
-        average[network] = sum(row[network] for row in rows.values()) / len(rows)
+            if name not in [row["task"] for row in rows]:
+                rows.append({"task": name, "metric": metric})
+            row = next(row for row in rows if row["task"] == name)
+            row.update({network: accuracy, f"{network}_error": None if error == "N/A" else error})
+        average[network] = sum(row[network] for row in rows) / len(rows)
 
     if inputs.calibration_tokens is not None:
         measure("dense")
         slice_model(model, inputs.calibration_tokens, args.sparsity, batch_size=args.batch_size, device=inputs.device)
         title += f", sliced {args.sparsity:.0%} by {inputs.samples} x {inputs.seqlen} tokens of {inputs.calibration}"
     measure("sliced")
-    show(args, f"{title}: accuracy and its standard error", [*rows.values(), average])
+    rows.append(average)
+    return f"{title}: accuracy and its standard error"
 
 
-def quality(args):
+def quality(args, rows):
     """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
 
     --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
     or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to.
     """
+    formats = list(filter(None, args.formats))
+    for weights in (quantiser(format)[1] for format in formats):
+        if args.round_to % weights:
+            raise SliceGPTError(f"{' and '.join(formats)}: --round-to must be a multiple of {weights}")
     inputs, model = read_model(args)
+    for format in formats:
+        rounded(model, format)  # raises for a matrix that does not come in such blocks
     calibration, where = inputs.calibration_tokens, {"batch_size": args.batch_size, "device": inputs.device}
     texts = {"perplexity": inputs.evaluation_tokens}
     if args.eval_also:
         text = slicegpt.tokenize(inputs.tokenizer, slicegpt.read_text(args.eval_also, True), inputs.seqlen)
         texts[f"on {Path(args.eval_also).name}"] = text[:inputs.eval_samples]
     fused, by_params = copy.deepcopy(model.to(inputs.device)), any(args.params)
+    one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    d_block = {size: sliced_dimension(model.config.hidden_size, size, args.round_to) for size in args.sparsities}
+    d_shared = {False: d_block, True: d_block} if not by_params else {tied: {size: slicegpt.dimension_for(
+        inputs.config, size, args.round_to, "shared", "tied" if tied else "sliced") for size in args.params}
+        for tied in {False, one_matrix}}
     Q = slicegpt.shared_rotation(fused, calibration, **where)  # one for all sizes
 
     @cache
@@ -510,8 +523,7 @@ def quality(args):
         return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=inputs.device)).Q
 
     def shared(network, size, learned=False, tied=False):
-        d = sliced_dimension(len(Q), size, args.round_to) if not by_params else slicegpt.dimension_for(
-            inputs.config, size, args.round_to, "shared", "tied" if tied else "sliced")
+        d = d_shared[tied][size]
         slicegpt.rotate(network, rotation(d, learned) @ spread(d))
         if tied:
             slicegpt.tie_head(network, calibration)
@@ -525,7 +537,6 @@ def quality(args):
     methods = {"block": block, "shared": shared, "shared, tied": partial(shared, tied=True),
                "shared, learned": partial(shared, learned=True),
                "shared, learned, tied": partial(shared, learned=True, tied=True)}
-    one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     sparse = copy.deepcopy(model)
     networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **where))]
     for method, sliced in methods.items():
@@ -533,24 +544,39 @@ def quality(args):
             networks += [(method, sliced(copy.deepcopy(model), size), 0)
                          for size in (args.params if by_params and method != "block" else args.sparsities)]
     prompt = torch.randint(model.config.vocab_size, (1, min(128, inputs.seqlen // 2)), device=inputs.device)
-    steps, tokens = [decoder(network, prompt) for _, network, _ in networks], min(50, inputs.seqlen // 2 - WARM_UP)
-    seconds, rows = in_turns(steps, tokens, inputs.device, "decoding"), []
+    steps, tokens = [decoder(network, prompt) for _, network, _ in networks], max(1, min(50, inputs.seqlen // 2 - WARM_UP))
+    seconds = in_turns(steps, tokens, inputs.device, "decoding")
     for (method, network, zeros), times in zip(networks, seconds):
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # stored with each weight that is not zero: 2 bits of where
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
                "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
         row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * times.median().item(),
                 "time": quantiles(times / seconds[0])[0]}
+        rows.append(row)
         row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
-        for format in filter(None, args.formats if not zeros else ()):
+        for format in formats if not zeros else ():
             stored, smaller = rounded(network, format)
             row[f"{format} GB/token"] = smaller * row["gigabytes"]
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
-        rows.append(row)
-    show(args, f"{args.model}: {inputs.eval_samples} x {inputs.seqlen} tokens of {inputs.eval}, calibrated on "
-         f"{inputs.samples} x {inputs.seqlen} of {inputs.calibration}; one token on {inputs.device}, batch 1.\n"
-         "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products", rows)
     draw(args, rows, "method", "parameters time", "perplexity", log="y")
+    return (f"{args.model}: {inputs.eval_samples} x {inputs.seqlen} tokens of {inputs.eval}, calibrated on "
+            f"{inputs.samples} x {inputs.seqlen} of {inputs.calibration}; one token on {inputs.device}, batch 1.\n"
+            "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products")
+
+
+@cache
+def quantiser(format: str) -> tuple:
+    """How a format of llama.cpp keeps a row of weights: a function that rounds them, weights and bytes a block."""
+    gguf, quants = slicegpt.optional("gguf"), slicegpt.optional("gguf.quants")
+    with slicegpt.failing(f"cannot round the weights to {format}"):
+        kind = gguf.GGMLQuantizationType[format]
+        weights, size = gguf.GGML_QUANT_SIZES[kind]
+
+        def round(W: Tensor) -> Tensor:
+            return torch.from_numpy(quants.dequantize(quants.quantize(W.float().cpu().numpy(), kind), kind))
+
+        round(torch.zeros(1, weights))  # this package cannot make all that it can read
+        return round, weights, size
 
 
 @torch.no_grad()
@@ -559,18 +585,15 @@ def rounded(model, format: str) -> tuple:
 
     (The norms' scales, which are not rounded, are counted as if they were.)
     """
-    gguf, quants = slicegpt.optional("gguf"), slicegpt.optional("gguf.quants")
-    model = copy.deepcopy(model)
+    (round, weights, size), model = quantiser(format), copy.deepcopy(model)
     with slicegpt.failing(f"cannot round the weights to {format}"):
-        kind = gguf.GGMLQuantizationType[format]
-        weights, size = gguf.GGML_QUANT_SIZES[kind]  # of each few weights of a row, and the bytes they take
         for W in model.parameters():
             if W.dim() > 1:
-                W.copy_(torch.from_numpy(quants.dequantize(quants.quantize(W.float().cpu().numpy(), kind), kind)))
+                W.copy_(round(W))
     return model, size / weights / model.dtype.itemsize
 
 
-def spectrum(args):
+def spectrum(args, rows):
     """Figure 8: the eigenvalues of the FFN's inputs in each layer of the dense network, relative to the largest."""
     inputs, model = read_model(args)
     slicegpt.fuse(model)
@@ -585,13 +608,12 @@ def spectrum(args):
         return {"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | {
             f"{share:.1%}": 1 + int((left < share).sum()) for share in shares}
 
-    rows = [row for row in slicegpt.walk(model, inputs.calibration_tokens, see, args.batch_size, inputs.device) if row]
-    show(args, f"{args.model}, inputs of the FFN, {inputs.samples} x {inputs.seqlen} tokens of "
-         f"{inputs.calibration}: of {model.config.hidden_size} dimensions, how many have that share of the variance",
-         rows, hidden="eigenvalues")
+    rows += filter(None, slicegpt.walk(model, inputs.calibration_tokens, see, args.batch_size, inputs.device))
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", "component", "eigenvalue / largest", log="y")
+    return (f"{args.model}, inputs of the FFN, {inputs.samples} x {inputs.seqlen} tokens of {inputs.calibration}: of "
+            f"{model.config.hidden_size} dimensions, how many have that share of the variance")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -616,7 +638,7 @@ REAL = {  # likewise; these take slicegpt.py's options for a model, too
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, or 2 after one line on standard error for what the user can mend."""
+    """The exit code: 0, 130 after Ctrl-C, or 2 after one line on standard error for an error that the user can fix."""
     parser = argparse.ArgumentParser("bench.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
@@ -640,16 +662,28 @@ def main(argv=None) -> int:
             add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
     args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
     torch.manual_seed(0)
+    rows, title = [], "measured before it ended:"
     try:
+        for path in filter(None, (args.json, getattr(args, "plot", None))):
+            slicegpt.check_writable(path)
         if getattr(args, "plot", None):
             slicegpt.optional("matplotlib").use("Agg")
+            kinds = slicegpt.optional("matplotlib.pyplot").figure().canvas.get_supported_filetypes()
+            if args.plot.suffix.lower()[1:] not in kinds:
+                raise SliceGPTError(f"cannot draw {args.plot}: it must end in one of {', '.join(kinds)}")
         if args.work in SPEED:
             args.device = slicegpt.find_device(args.device)
             args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
-        args.work(args)
+        try:
+            title = args.work(args, rows)
+        finally:
+            if rows:
+                show(args, title, rows)
     except SliceGPTError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
