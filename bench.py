@@ -33,10 +33,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, StaticCache
 
 import slicegpt
-from slicegpt import SlicedForCausalLM, SliceGPTError, parameters, slice_model, sliced_dimension
+from slicegpt import SliceGPTError, parameters, slice_model, sliced_class, sliced_dimension
 
 
 # ---- Networks of published shapes, with random weights --------------------------------------------------------------
@@ -76,7 +76,8 @@ def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         d = sliced_dimension(config.hidden_size, sparsity)
         config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
-        return slicegpt.standard(SlicedForCausalLM._from_config(config, dtype=dtype))[0].eval()
+        sliced = sliced_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, dtype=dtype)
+        return slicegpt.standard(sliced)[0].eval()
 
 
 def weight_bytes(model) -> int:
@@ -276,9 +277,9 @@ def ops(args, rows):
                     works.pop("sparse", None)
                     why_not = f"\n2:4: torch has no such product here ({slicegpt.first_line(error)})"
                 add(path, tokens, works)
-            S = getattr(after.layer, after.shortcut)  # (d_in, d_out)
+            S = after.shortcut  # (d_in, d_out)
             z, x = random(tokens, S.shape[1]), random(tokens, S.shape[0])
-            add(after.shortcut, tokens, {"sliced": partial(torch.addmm, z, x, S)})
+            add(after.shortcut_name, tokens, {"sliced": partial(torch.addmm, z, x, S)})
         products = [row for row in rows if row["tokens"] == tokens]
         total = {name: sum(row.get(name, 0) for row in products) for name in ("dense", "sliced", "sparse")}
         rows.append({"operation": "all", "tokens": tokens} | total | ({"sparse": None} if why_not else {}))
@@ -337,6 +338,7 @@ def cost(args, rows):
 
 # ---- SparseGPT 2:4, the paper's baseline ----------------------------------------------------------------------------
 
+@torch.no_grad()
 def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
     """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
 
@@ -344,14 +346,14 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
     the paper. calibration: tokens (samples, N), int64. device: where to compute, with one layer there at a time. Raises
     SliceGPTError for a mixture of experts, or a matrix whose inputs do not come in fours.
     """
-    device, parts = torch.device(device or model.device), slicegpt.architecture(model.config)
+    device, zeros = torch.device(device or model.device), 0
+    parts = slicegpt.architecture(model.config)
     if any(isinstance(linear, slicegpt.Expert) for stage in slicegpt.stages(model) for linear in stage.readers):
         raise SliceGPTError("SparseGPT prunes no experts here")
-
-    def prune_layer(X, stage) -> int:
+    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
         if stage is None or parts.attention not in stage.blocks:
-            return 0  # a layer's FFN is pruned with its attention, by what it reads before that is pruned
-        H, zeros = {}, 0
+            continue  # a layer's FFN is pruned with its attention, by what it reads before that is pruned
+        H = {}
         groups = [slicegpt.submodules(stage.layer, paths)  # the matrices of a group read the same
                   for block in (parts.attention, parts.ffn) for paths in (block.W_in, block.W_out)]
 
@@ -370,9 +372,7 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
                 slicegpt.set_matrix(linear, w, None)  # the bias stays
                 zeros += w.numel() // 2
         slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
-        return zeros
-
-    return sum(slicegpt.walk(model.eval(), calibration, prune_layer, batch_size, device))
+    return zeros
 
 
 def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
@@ -405,8 +405,12 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
 # ---- Real models ----------------------------------------------------------------------------------------------------
 
 def read_model(args, may_be_sliced: bool = False):
-    """(`slicegpt.read_inputs`, the model in eval mode). Raises SliceGPTError for a sliced one, unless it may be one."""
-    inputs = slicegpt.read_inputs(args)
+    """(The options as `slicegpt.read_inputs` completes them, the model in eval mode).
+
+    Raises SliceGPTError for a model that is sliced already, unless it may be one.
+    """
+    inputs = argparse.Namespace(**vars(args))
+    slicegpt.read_inputs(inputs)
     if inputs.calibration_tokens is None and not may_be_sliced:
         raise SliceGPTError(f"{args.model} is sliced already")
     return inputs, slicegpt.load(args.model, inputs.dtype)[0].eval()
@@ -593,22 +597,20 @@ def rounded(model, format: str) -> tuple:
     return model, size / weights / model.dtype.itemsize
 
 
+@torch.no_grad()
 def spectrum(args, rows):
     """Figure 8: the eigenvalues of the FFN's inputs in each layer of the dense network, relative to the largest."""
     inputs, model = read_model(args)
     slicegpt.fuse(model)
-    norm, ffn, shares = slicegpt.last_norm(model), slicegpt.architecture(model.config).ffn, (0.9, 0.99, 0.999)
-
-    def see(X, stage) -> dict | None:
-        if stage is None or ffn not in stage.blocks:
-            return None
-        C = slicegpt.summed_covariance(X, stage, norm, args.batch_size, inputs.device)
-        eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
-        left = eigenvalues.cumsum(0) / eigenvalues.sum()
-        return {"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | {
-            f"{share:.1%}": 1 + int((left < share).sum()) for share in shares}
-
-    rows += filter(None, slicegpt.walk(model, inputs.calibration_tokens, see, args.batch_size, inputs.device))
+    parts, shares = slicegpt.architecture(model.config), (0.9, 0.99, 0.999)
+    norm = model.get_submodule(parts.norm)  # fused, all norms are alike
+    for stage, X in slicegpt.signals(model, inputs.calibration_tokens, args.batch_size, inputs.device):
+        if stage is not None and parts.ffn in stage.blocks:
+            C = slicegpt.total_covariance(norm, X, stage, args.batch_size, inputs.device)
+            eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
+            left = eigenvalues.cumsum(0) / eigenvalues.sum()
+            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | {
+                f"{share:.1%}": 1 + int((left < share).sum()) for share in shares})
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", "component", "eigenvalue / largest", log="y")

@@ -3,20 +3,36 @@
 Read it beside the paper: "SliceGPT: Compress Large Language Models by Deleting Rows and Columns" (Ashkboos, Croci,
 Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). In three sentences:
 
-1. RMSNorm commutes with an orthogonal matrix Q, so the signal between a transformer's blocks may be kept in any
-   rotated basis, if the weights that write it are multiplied by Q and those that read it by Q^T (Theorem 1).
-2. In the basis of its principal components (Eq. 8) the signal needs fewer than D numbers per token, so the last
-   columns of the matrices that write it and the last rows of those that read it can be deleted (Eq. 9).
-3. Each block has principal components of its own, so the residual connection is multiplied by a *shortcut* matrix,
-   which takes the signal from the basis of one block into that of the next (Figure 4).
+1. RMSNorm commutes with an orthogonal matrix Q. So the signal between a transformer's blocks may be kept in any rotated
+   basis, if the weights that write it are multiplied by Q and those that read it by Q^T (Theorem 1).
+2. In the basis of its principal components (Eq. 8) the signal needs fewer than D numbers per token. So the last columns
+   of the matrices that write it, and the last rows of those that read it, can be deleted (Eq. 9).
+3. Each block has principal components of its own. So the residual connection is multiplied by a *shortcut* matrix,
+   which takes the signal from the basis of one block to that of the next (Figure 4).
 
-One operation changes weights, `rotate`; all else chooses the Q for it. The paper's sections 2 and 3 come first and end
-where the table of architectures begins. Then follow its experiments (section 4), what goes beyond the paper, and what
-a program needs: processes, files, Hugging Face's classes, the command line.
+The paper's sections 2 and 3 come first, and end where the table of architectures begins: fuse a model (3.2), then rotate
+it by matrices Q that also slice it (3.1, 3.3, 3.4). Everything after the table is not needed to follow them: the
+experiments of section 4, what goes beyond the paper, and what a program needs (processes, files, the command line).
 
-The notation is the paper's: D embedding dimension, N sequence length, X (N, D) the *signal* between the blocks, often
-with a batch in front, Q (D, D) orthogonal. A Q of fewer columns, (D, d), stands for the paper's product of Q and the
-deletion matrix: to rotate by it is to slice. A weight W is (inputs, outputs) and multiplies from the right.
+    D, d            dimension of the signal, embedding dimension: dense, and sliced                         2, 3.4
+    B, N, L         batch, sequence length, number of layers                                                2
+    X (.., N, D)    the signal: what one block writes and the next reads, a row per token                   2.1
+    Z (.., N, D)    what a block adds to the signal                                                         Algorithm 1
+    W_embd          the embeddings (V, D), of tokens and perhaps of positions: they write the first signal  2.1
+    W_in            all matrices of a block that read the signal (D, ..), such as W_q, W_k and W_v          2.1
+    W_out           the matrix of a block that writes to the signal (.., D)                                 2.1
+    W_head          the head (D, V): it reads the last signal                                               2.1
+    M               subtracts each row's mean, I - 1 1^T / D (D, D)                                         Eq. 1
+    Q (D, d)        orthogonal columns; with d < D it is the paper's Q times its deletion matrix D          3.1, Eq. 9
+    Q_in, Q_out     the Q of the signal that a block reads, and of the one behind it: Q_{l-1}, Q_l          Figure 4
+    C (D, D)        the covariance of a signal, whose eigenvectors are Q                                    Eq. 8
+    stage           the way from one signal to the next: a block, attention or FFN; or, in a parallel layer such as
+                    Phi-2's, both blocks at once. `stages(model)` lists them: 2 L of them, or L
+
+As in the paper, W multiplies from the right. `matrix(linear)` gives it like that, in float64, although torch stores the
+transpose. What else the first part uses of the later ones stands in "Where an architecture keeps its parts" (`stages`,
+`embeddings`, `embed`, `architecture`, `matrix`, `set_matrix`, and checks) and in "Several processes" (`total`,
+`agreed`, which do nothing in a single process).
 
     python slicegpt.py                                              # a small model trained on the spot, no network
     python slicegpt.py --model facebook/opt-125m --sparsity 0.25    # WikiText-2, from the hub
@@ -27,7 +43,6 @@ import contextlib
 import copy
 import ctypes
 import glob
-import hashlib
 import importlib
 import itertools
 import json
@@ -40,11 +55,13 @@ import tempfile
 import textwrap
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -57,210 +74,159 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 
+class SliceGPTError(ValueError):
+    """An error that the user can fix, said in one line."""
+
+
+# a bar for what takes more than two seconds; where it cannot move, as in a log, it is seldom redrawn
+progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
+
+
 # ---- 2.1 The network, and Figure 4: one layer of it, sliced ---------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """x / sqrt(|x|^2 / D + eps): the RMSNorm of Eq. 1 with its sqrt(D); the scale has gone into the weights (3.2).
+    """sqrt(D) x / |x|, as x / sqrt(|x|^2 / D + eps): the norm of Eq. 1 and its sqrt(D), without a scale (see `fuse`).
 
-    D is the *dense* dimension, whatever the width d of X (..., d): what slicing deleted counts as zero.
+    D is the dense dimension, whatever the width d of X: deleted dimensions count as zeros.
     """
 
     def __init__(self, D: int, eps: float):
         super().__init__()
         self.D, self.eps = D, eps
 
-    def forward(self, X):
-        kept = X.shape[-1] / self.D  # torch takes the mean over d
-        return F.rms_norm(X, X.shape[-1:], eps=self.eps / kept) / math.sqrt(kept)
+    def forward(self, X):  # (.., d)
+        # torch divides |x|^2 by d, not D; with s = d / D: |x|^2 / D + eps = s (|x|^2 / d + eps / s)
+        s = X.shape[-1] / self.D
+        return F.rms_norm(X, X.shape[-1:], eps=self.eps / s) / math.sqrt(s)
 
     def extra_repr(self):
         return f"D={self.D}, eps={self.eps}"
 
 
-@dataclass(frozen=True)
-class Block:
-    """One attention or one FFN, Z = sigma(RMSNorm(X) W_in + b_in) W_out + b_out (section 2.1), as paths in its layer.
+def sliced_layer(stages, X: Tensor, *args, **kwargs) -> Tensor:
+    """Figure 4: the forward pass of a layer with shortcuts, from X (B, N, d_in) to (B, N, d_out).
 
-    The norm in front; the modules that compute Z, one after the other; all matrices W_in; all matrices W_out (experts
-    have several); and whether it is attention, whose module takes masks, positions and caches, and returns more than Z.
+    Hugging Face's attention and FFN compute Z, which is what they do in the dense layer; only the sum is new. Dropout
+    on Z is left out: it zeroes single coordinates, and that does not commute with a rotation. args and kwargs: what
+    Hugging Face gives a layer besides X (masks, positions, caches).
     """
-    norm: str
-    modules: str
-    W_in: str
-    W_out: str
-    attention: bool = False
-
-    def __call__(self, layer, normalised, *args, **kwargs) -> Tensor:
-        Z = normalised
-        for module in submodules(layer, self.modules):  # an attention takes by position what its layer does
-            Z = module(Z, *args, **kwargs) if self.attention else module(Z)
-            Z = Z[0] if isinstance(Z, tuple) else Z
-        return Z
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The way from one signal to the next: a block, or both blocks of a parallel layer (Phi-2), which read the same.
-
-    The layer and its number; the blocks; the layer's attribute that has the shortcut, once there is one; and what else
-    the layer is called with, where that is known beforehand.
-    """
-    layer: nn.Module
-    number: int
-    blocks: tuple[Block, ...]
-    shortcut: str
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
-
-    def __call__(self, X, *args, **kwargs) -> Tensor:
-        """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
-        normalised = {norm: self.layer.get_submodule(norm)(X) for norm in {block.norm for block in self.blocks}}
-        Z = [block(self.layer, normalised[block.norm], *self.args, *args, **self.kwargs, **kwargs)
-             for block in self.blocks]
-        multiplier = getattr(self.layer, "residual_multiplier", None)  # Granite's
-        return sum(Z[1:], Z[0]) if multiplier is None else multiplier * sum(Z[1:], Z[0])
-
-    @property
-    def readers(self) -> list[nn.Module]:
-        return [linear for block in self.blocks for linear in submodules(self.layer, block.W_in)]
-
-    @property
-    def writers(self) -> list[nn.Module]:
-        return [linear for block in self.blocks for linear in submodules(self.layer, block.W_out)]
-
-
-class SlicedLayer:
-    """Figure 4: a Hugging Face layer whose residual connections have shortcuts S = Q_{l-1}^T Q_l (d_in, d_out).
-
-    A mixin in front of the layer's own class, which goes on doing all the rest. Dropout between the blocks, which
-    acts in training only, is left out: it belongs to coordinates that are gone.
-    """
-
-    def forward(self, X, *args, **kwargs):
-        for stage in (Stage(self, *of_stage) for of_stage in self.stages):
-            X = X @ getattr(self, stage.shortcut) + stage(X, *args, **kwargs)  # Algorithm 1, line 5
-        return X
+    for stage in stages:  # attention, then the FFN
+        Z = stage(X, *args, **kwargs)  # Algorithm 1, line 4: sigma(RMSNorm(X) W_in + b_in) W_out + b_out
+        X = X @ stage.shortcut + Z  # line 5; the shortcut is Q_in^T Q_out (d_in, d_out)
+    return X
 
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def rotate(model, Q: Tensor | list[Tensor], device=None):
-    """Theorem 1 and Figure 4: rotates the signal, in place; for orthogonal Q the network computes what it did.
+def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
+    """Theorem 1 and Figure 4: rotates the signal, in place. If Q is orthogonal, the network's outputs do not change.
 
-    Q: one (D, D) matrix for the whole network (Theorem 1), or a list, one for the embedding and one for the signal
-    after every stage: 2L+1 of L sequential, L+1 of L parallel layers (Figure 4, with shortcuts). A Q of fewer columns
-    slices (Eq. 9). Fuses the model first if need be. device: where to compute, by default where the model is.
-    Arithmetic is in float64. Raises SliceGPTError for a wrong number or shape, before anything is rotated.
+    Q: one matrix (D, D) for the whole network (Theorem 1); or one for the embedding and one for the signal behind every
+    stage (Figure 4, with shortcuts), 1 + 2L of L sequential layers, 1 + L of parallel ones. Matrices with fewer columns
+    slice (Eq. 9). An iterable is asked for a Q only when it is needed, and no stage has changed before the Q behind it
+    is there: so it may compute Q by running the stage. A model that is rotated already is rotated further. device: where
+    to compute, in float64; by default where the model is. Fuses the model first if need be. Raises SliceGPTError for a
+    wrong number or shape of matrices. After an error in the middle the model has to be loaded again.
     """
     fuse(model)
-    shape = model.config.slicegpt
-    shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
-    Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
-    if shape.get("tied"):  # beyond the paper, see `tie_head`
-        raise SliceGPTError("its head is tied to its embedding, which can be rotated before that only")
-    if [len(Q) for Q in Qs] != shape["dimensions"]:
-        raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows, not {[len(Q) for Q in Qs]}")
-    check_width(model.config, Qs[0].shape[1] == Qs[-1].shape[1])
-    Q_in = Qs[0].to(device or model.device, torch.float64)
-    for embedding in embeddings(model):
-        rotate_writer(embedding, Q_in)
-    for stage, Q_next in zip(stages(model), Qs[1:]):
-        Q_out = Q_next.to(Q_in)
-        for linear in stage.readers:
-            rotate_reader(linear, Q_in)
-        for linear in stage.writers:
-            rotate_writer(linear, Q_out)
-        resize(stage, *Q_in.shape)
-        if shortcuts:
-            rotate_shortcut(stage, Q_in, Q_out)
-        Q_in = Q_out
-    rotate_reader(model.get_output_embeddings(), Q_in)
-    model.config.slicegpt = shape | {"dimensions": [Q.shape[1] for Q in Qs], "shortcuts": shortcuts}
+    with rotating(model, Q, device) as (Qs, with_shortcuts):  # hands out each Q in float64, and notes the new shape
+        Q_in = next(Qs)  # (D, d)
+        for embedding in embeddings(model):
+            rotate_writer(embedding, Q_in)  # Eq. 3
+        for stage, Q_out in zip(stages(model), Qs):
+            for W_in in stage.readers:
+                rotate_reader(W_in, Q_in)  # Eq. 4
+            for W_out in stage.writers:
+                rotate_writer(W_out, Q_out)  # Eq. 5, 6
+            if with_shortcuts:
+                rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
+            Q_in = Q_out
+        rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
 
 
 def rotate_writer(module, Q: Tensor):
     """Eq. 3, 5 and 6: W_embd <- W_embd Q; W_out <- W_out Q, b_out <- Q^T b_out."""
-    bias = getattr(module, "bias", None)
-    set_matrix(module, matrix(module).to(Q) @ Q, None if bias is None else bias.to(Q) @ Q)
+    b = getattr(module, "bias", None)
+    set_matrix(module, matrix(module).to(Q) @ Q, None if b is None else b.to(Q) @ Q)
 
 
-def rotate_reader(linear, Q: Tensor):
-    """Eq. 4 and 7: W_in <- Q^T W_in, W_head <- Q^T W_head. b_in and b_head stay."""
-    set_matrix(linear, Q.T @ matrix(linear).to(Q), getattr(linear, "bias", None))
+def rotate_reader(module, Q: Tensor):
+    """Eq. 4 and 7: W_in <- Q^T W_in; W_head <- Q^T W_head; b_in and b_head stay."""
+    set_matrix(module, Q.T @ matrix(module).to(Q), getattr(module, "bias", None))
 
 
-def rotate_shortcut(stage: Stage, Q_in: Tensor, Q_out: Tensor):
-    """Figure 4: gives a stage the shortcut Q_in^T Q_out (d_in, d_out), or Q_in^T S Q_out if it has a shortcut S."""
-    layer, S = stage.layer, Q_out
-    if hasattr(layer, stage.shortcut):
-        S = getattr(layer, stage.shortcut).to(Q_out) @ Q_out
-    else:
-        if not hasattr(layer, "stages"):
-            layer.__class__, layer.stages = mixed(SlicedLayer, type(layer)), []
-        layer.stages.append((stage.number, stage.blocks, stage.shortcut))
-    setattr(layer, stage.shortcut, nn.Parameter(stored(Q_in.T @ S, like=stage.writers[0].weight)))
+def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
+    """Figure 4: the shortcut of a stage becomes Q_in^T S Q_out (d_in, d_out); S is the one it had, at first I."""
+    S = stage.shortcut
+    stage.set_shortcut(Q_in.T @ (Q_out if S is None else S.to(Q_out) @ Q_out))
 
 
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def fuse(model):
-    """Section 3.2, Figure 3: makes every norm a scale-free RMSNorm, in place; the network computes what it did.
+    """Section 3.2, Figure 3: turns every norm into an RMSNorm without scale, in place. The outputs do not change.
 
-    diag(alpha) and beta of a norm go into the matrices that read it, W_in <- diag(alpha) W_in, b_in <- b_in + beta
-    W_in, the last norm's into the head. If the norm is a LayerNorm, M = I - 1 1^T / D, which subtracts the mean, goes
-    into all that writes the signal: W_embd <- W_embd M, W_out <- W_out M, b_out <- b_out M. A head tied to the
-    embedding gets a matrix of its own, as the two now differ. Arithmetic is in float64. A fused model stays as it is.
-    Raises SliceGPTError if the architecture is not supported.
+    By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T. So what is linear in it moves to the matrices
+    next to it: diag(alpha) and beta to those that read the norm, the last norm's to the head; M to all that write the
+    signal. (Hugging Face's RMSNorms have an alpha only, and subtract no mean.) A head that shares the matrix of the
+    embedding gets one of its own, as the two now differ. Arithmetic is in float64. A model that is fused stays as it
+    is. The model's class becomes one that knows its shape: it is in `config.slicegpt`, see `SlicedForCausalLM`. Raises
+    SliceGPTError, before anything changes, if this file cannot slice such a model.
     """
-    parts, D = architecture(model.config), model.config.hidden_size
-    if hasattr(model, "peft_config"):
-        raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
     if hasattr(model.config, "slicegpt"):
         return
-    check_row(model)
-    lm_head = model.get_output_embeddings()
-    lm_head.weight = nn.Parameter(lm_head.weight.detach())
+    check_row(model)  # raises if a layer computes something else than its row in the table says
+    parts, D, head = architecture(model.config), model.config.hidden_size, model.get_output_embeddings()
+    last_norm = model.get_submodule(parts.norm)
+    head.weight = nn.Parameter(head.weight.detach())  # no longer the embedding's, if it was
     for embedding in embeddings(model):
-        fuse_writer(last_norm(model), embedding)
+        fuse_writer(last_norm, embedding)
     for stage in stages(model):
-        fuse_stage(stage, parts.norm_offset, D)
-    fuse_reader(last_norm(model), lm_head, parts.norm_offset)
-    model.set_submodule(parts.norm, without_scale(last_norm(model), D))
-    become_sliced(model)  # the same network, of a class that knows its shape
+        fuse_stage(stage, D)
+    fuse_reader(last_norm, head, parts.norm_offset)
+    model.set_submodule(parts.norm, without_scale(last_norm, D))
+    become_sliced(model)
 
 
-def fuse_stage(stage: Stage, offset: float, D: int):
-    """Figure 3, for the blocks of a stage: M and diag(alpha) go into their matrices, and the norms keep no scale."""
-    norms = {block.norm: stage.layer.get_submodule(block.norm) for block in stage.blocks}
+def fuse_stage(stage, D: int):
+    """Figure 3 for one stage: its W_in get alpha and beta, its W_out get M, and its norm, or norms, lose their scale."""
     for block in stage.blocks:
-        for linear in submodules(stage.layer, block.W_in):
-            fuse_reader(norms[block.norm], linear, offset)
-        for linear in submodules(stage.layer, block.W_out):
-            fuse_writer(norms[block.norm], linear)
-    for path, norm in norms.items():
-        stage.layer.set_submodule(path, without_scale(norm, D))
+        norm = stage.layer.get_submodule(block.norm)
+        for W_in in stage.readers_of(block):
+            fuse_reader(norm, W_in, stage.norm_offset)
+        for W_out in stage.writers_of(block):
+            fuse_writer(norm, W_out)
+    for path in {block.norm for block in stage.blocks}:
+        stage.layer.set_submodule(path, without_scale(stage.layer.get_submodule(path), D))
 
 
-def fuse_reader(norm, linear, offset: float):
-    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in; alpha is what the norm has stored, and the offset."""
-    W, bias = matrix(linear), getattr(linear, "bias", None)
-    if getattr(norm, "bias", None) is not None:
-        bias = norm.bias.double() @ W + (0 if bias is None else bias)
-    alpha = getattr(norm, "weight", None)
-    set_matrix(linear, W if alpha is None else (alpha.double()[:, None] + offset) * W, bias)
+def fuse_reader(norm, module, offset: float):
+    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in; alpha (D,) is the norm's weight plus its family's offset."""
+    alpha, beta = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    W, b = matrix(module), getattr(module, "bias", None)
+    if beta is not None:
+        b = beta.double() @ W + (0 if b is None else b)
+    if alpha is not None:
+        W = (alpha.double() + offset)[:, None] * W
+    set_matrix(module, W, b)
 
 
 def fuse_writer(norm, module):
-    """W_out <- W_out M, b_out <- b_out M, in a network with LayerNorms."""
-    if centres(norm):
-        W, bias = matrix(module), getattr(module, "bias", None)
-        set_matrix(module, W - W.mean(-1, True), None if bias is None else bias.double() - bias.double().mean(-1, True))
+    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M; if the norm subtracts the mean, as a LayerNorm does."""
+    if subtracts_mean(norm):
+        W, b = matrix(module), getattr(module, "bias", None)
+        set_matrix(module, W - W.mean(-1, True), None if b is None else b.double() - b.double().mean(-1, True))
+
+
+def subtracts_mean(norm) -> bool:
+    return "LayerNorm" in type(norm).__name__  # there are several classes, torch's own for one
 
 
 def without_scale(norm, D: int) -> RMSNorm:
-    return RMSNorm(D, getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))  # the last is Olmo's
+    # two names in use for eps; without either (OLMo), it is torch's default
+    return RMSNorm(D, getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
 # ---- 3.3 A transformation per block, and 3.4 Slicing ----------------------------------------------------------------
@@ -270,103 +236,74 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
                 round_to: int = 8, signal: str = "input", head: str = "sliced", batch_size: int = 8, device=None):
     """Sections 3.3 and 3.4: slices a model in place and returns it. Fuses it if need be, and sets it to eval mode.
 
-    The paper looks for each Q behind blocks that are sliced already. A fused network computes on X Q Q^T, in the old
-    basis, what the sliced one will compute on X Q in the new. So the signal walks through the fused network, and in
-    front of every block it is cut down to its principal components: these are the Qs. Then the weights are rotated.
-
     calibration: tokens (samples, N), int64. sparsity: the share of the D dimensions to delete, see `sliced_dimension`;
-    or discard_variance: the share of each signal's variance, see `dimension_by_variance`. signal: the side of the
-    RMSNorm that Eq. 8 looks at, "input" (the authors' code) or "output" (the paper's text). head: "sliced", or "full",
-    whose signal keeps all D dimensions. batch_size: sequences at a time. device: where to compute, with one layer there
-    at a time; by default where the model is. Raises SliceGPTError for bad arguments, or a signal that is not finite.
+    or discard_variance: the share of each signal's variance, see `dimension_by_variance`. round_to: the dimension is a
+    multiple of it. signal: the side of the RMSNorm that Eq. 8 looks at, "input" (the authors' code) or "output" (the
+    paper's text). head: "sliced", or "full", whose signal keeps all D dimensions (the authors' code). batch_size:
+    sequences at a time. device: where to compute, with one layer there at a time; by default where the model is. Raises
+    SliceGPTError for bad arguments, before anything changes; and for a signal that is not finite.
     """
     if signal not in ("input", "output") or head not in ("sliced", "full"):
         raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
-    D, device = model.config.hidden_size, torch.device(device or model.device)
-    d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None  # else each signal has its own
+    device, D = torch.device(device or model.device), model.config.hidden_size
+    d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
     check_sliceable(model.config, calibration, one_width=d == D or d is not None and head == "sliced")
     fuse(model.eval())
-    observe = last_norm(model) if signal == "output" else nn.Identity()  # fused, all norms are the same
 
-    def cut(X: Tensor, stage: Stage | None) -> Tensor:
-        """Q (D, d) of the signal X (samples, N, D), which becomes X Q Q^T."""
-        eigenvalues, Q = map(agreed, pca(summed_covariance(X, stage, observe, batch_size, device)))  # Eq. 8
-        width = d or dimension_by_variance(eigenvalues, discard_variance, round_to)
-        Q = Q[:, :D if stage is None and head == "full" else width].contiguous()
-        QQ = (Q @ Q.T).to(X.dtype)  # (D, D)
-        for x in X.split(batch_size):
-            x.copy_(x.to(device) @ QQ)  # Eq. 9
-        return Q.cpu()
+    def dimension(eigenvalues: Tensor, stage) -> int:
+        if stage is None and head == "full":
+            return D
+        return d or dimension_by_variance(eigenvalues, discard_variance, round_to)
 
-    rotate(model, list(walk(model, calibration, cut, batch_size, device)), device)
+    rotate(model, principal_components(model, calibration, dimension, signal, batch_size, device), device)
     return model
 
 
-@torch.no_grad()
-def walk(model, calibration: Tensor, see, batch_size: int, device: torch.device):
-    """Algorithm 1 for the calibration tokens (samples, N), layer by layer: yields see(X, stage) of every signal X.
+def principal_components(model, calibration: Tensor, dimension, side: str, batch_size: int, device) -> Iterator[Tensor]:
+    """Yields a Q (D, d) for every signal of a fused model, in order; d is dimension(eigenvalues, stage).
 
-    X (samples, N, D) is the signal in front of `stage`, or, where that is None, of the head. `see` may write into X:
-    the stage then reads that. X waits in the CPU's memory, and one layer at a time is on the device.
+    Section 3.3 asks for the signal behind blocks that are sliced already. On X Q (samples, N, d), the sliced blocks
+    will compute what the fused ones compute on X Q Q^T (samples, N, D), the same signal in the old basis. So the
+    weights can wait: each signal is cut down to its principal components, and the next stage reads that.
     """
-    calibration, todo = share(calibration), [*stages(model), None]
-    X = allocate((*calibration.shape, model.config.hidden_size), model.dtype, pinned=device.type == "cuda")
-    for x, tokens in zip(X.split(batch_size), calibration.split(batch_size)):
-        x.copy_(embed(model, tokens)[0])
-    _, calls = embed(model, calibration[:1])  # masks and the like: the same for all sequences
-    seen = resumed(X)  # by a process that was killed here; in memory there is none
-    yield from seen
-    for i in progress(range(len(seen), len(todo)), "signals", unit="signal"):
-        stage = on_device(todo[i], calls, device)
-        result = see(X, stage)
-        for x in X.split(batch_size) if stage else ():
-            y = x.to(device, non_blocking=True)
-            x.copy_(y + stage(y))  # Algorithm 1, lines 4 and 5
-        yield recorded(i, X, result)
+    norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
+    observe = norm if side == "output" else nn.Identity()
+    for stage, X in signals(model, calibration, batch_size, device):
+        C = total_covariance(observe, X, stage, batch_size, device)  # Eq. 8
+        eigenvalues, Q = map(agreed, pca(C))
+        Q = Q[:, :dimension(eigenvalues, stage)].contiguous()  # Eq. 9: delete the last columns
+        QQ = (Q @ Q.T).to(X.dtype)  # (D, D)
+        for x in X.split(batch_size):
+            x.copy_(x.to(device) @ QQ)  # Eq. 9: the reconstruction X Q Q^T
+        yield Q
 
 
-def embed(model, tokens: Tensor) -> tuple[Tensor, list]:
-    """Algorithm 1, line 1: the first signal X (B, N, D) of `tokens` (B, N), and what else each layer is called with.
+def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tuple]:
+    """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
 
-    The model's own forward runs, while its layers hand on what they get and note it: masks, positions and the like.
+    X is what the stage reads; behind the last stage the head reads X, and instead of a stage there is None. Whoever
+    gets X may write into it. X stays on the CPU, and one layer at a time is on the device.
     """
-    calls = []
-
-    def forward(_, X, *args, **kwargs):
-        calls.append((X, args, kwargs))
-        return X
-
-    with layers_do(forward, model):
-        model.base_model(tokens.to(model.device), use_cache=False)
-    return calls[0][0], [(args, kwargs) for _, args, kwargs in calls]
-
-
-@contextlib.contextmanager
-def layers_do(forward, model):
-    """Inside, the model's layers do forward(layer, X, *args, **kwargs) instead of what is theirs."""
-    before = [(layer, vars(layer).get("forward")) for layer in layers(model)]  # accelerate's hooks, for one
-    try:
-        for layer, _ in before:
-            layer.forward = partial(forward, layer)
-        yield
-    finally:
-        for layer, hooked in before:
-            del layer.forward
-            if hooked is not None:
-                layer.forward = hooked
+    X, todo = embed(model, calibration, batch_size)  # line 1
+    for stage in progress(todo, "signals", unit="signal"):
+        stage = stage.on(device)
+        yield stage, X
+        for x in X.split(batch_size):
+            y = x.to(device)
+            x.copy_(y + stage(y))  # lines 4 and 5
+    yield None, X
 
 
-def on_device(stage: Stage | None, calls: list, device) -> Stage | None:
-    """A stage with what its layer is called with; on the device, as a copy if it is not there."""
-    if stage is None:
-        return None
-    args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, calls[stage.number])
-    layer = stage.layer
-    if stage.writers[0].weight.device != device:
-        there = {id(W): nn.Parameter(W.detach().to(device)) for W in layer.parameters()}
-        there |= {id(b): b.to(device) for b in layer.buffers()}
-        layer = copy.deepcopy(layer, there)  # with these for its tensors
-    return replace(stage, layer=layer, args=args, kwargs=kwargs)
+def total_covariance(observe, X: Tensor, stage, batch_size: int, device) -> Tensor:
+    """Eq. 8: C = sum_i X_i^T X_i (D, D) in float64, of observe(X), over all sequences i of X (samples, N, D).
+
+    Raises SliceGPTError if it is not finite.
+    """
+    C = total(sum(covariance(observe(x.to(device))) for x in X.split(batch_size)))
+    if not C.isfinite().all():
+        raise SliceGPTError(f"the signal is not finite in front of {stage or 'the head'} ({X.dtype}); its type may be "
+                            "too narrow, try --dtype float32")
+    return C
 
 
 def covariance(X: Tensor) -> Tensor:
@@ -379,19 +316,6 @@ def at_least_float32(X: Tensor) -> Tensor:
     return X if X.dtype == torch.float64 else X.float()
 
 
-def summed_covariance(X: Tensor, stage: Stage | None, observe: nn.Module, batch_size: int, device) -> Tensor:
-    """Eq. 8: C (D, D) of observe(X), over the sequences X (samples, N, D) of all processes, which `stage` reads next.
-
-    Raises SliceGPTError if X is not finite.
-    """
-    C = total(sum(covariance(observe(x.to(device))) for x in X.split(batch_size)))
-    if not C.isfinite().all():
-        where = "the head" if stage is None else f"layer {stage.number}, {stage.blocks[0].modules}"
-        raise SliceGPTError(f"the signal is not finite in front of {where} ({X.dtype}); its type may be too narrow, "
-                            "try --dtype float32")
-    return C
-
-
 def pca(C: Tensor) -> tuple[Tensor, Tensor]:
     """3.3: the eigenvalues (D,) of C (D, D), largest first, and its eigenvectors Q (D, D), in float64 (see A.2)."""
     eigenvalues, Q = torch.linalg.eigh(C.double())
@@ -399,7 +323,10 @@ def pca(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
-    """(1 - sparsity) D, rounded down to a multiple of `round_to`; D for sparsity 0. Raises if nothing is left."""
+    """3.4: d = (1 - sparsity) D, rounded down to a multiple of `round_to`, as in the authors' code; D for sparsity 0.
+
+    Raises SliceGPTError if nothing is left.
+    """
     if not 0 <= sparsity < 1:
         raise SliceGPTError(f"sparsity must be at least 0 and below 1, not {sparsity}")
     d = int((1 - sparsity) * D + 1e-6) // round_to * round_to if sparsity else D
@@ -415,51 +342,108 @@ def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int =
     return min(len(eigenvalues), math.ceil(needed / round_to) * round_to)
 
 
-def check_tokens(config, tokens: Tensor):
-    """Raises SliceGPTError if such a model cannot take these tokens (..., N)."""
-    if tokens.numel() == 0:
-        raise SliceGPTError("there are no tokens")
-    if tokens.shape[-1] > positions(config):
-        raise SliceGPTError(f"sequences of {tokens.shape[-1]} tokens are longer than the model's {positions(config)} "
-                            "positions")
-    if tokens.max() >= config.vocab_size:
-        raise SliceGPTError(f"the model knows {config.vocab_size} tokens, and there is a token {tokens.max()}; is the "
-                            "tokenizer another model's?")
-
-
-def check_sliceable(config, calibration: Tensor, one_width: bool = True):
-    """Raises SliceGPTError if such a model, by such tokens, cannot be sliced, to one width throughout or not."""
-    check_tokens(config, calibration)
-    shape = getattr(config, "slicegpt", None)
-    if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
-        raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
-    check_width(config, one_width)
-
-
-def check_width(config, one_width: bool):
-    if architecture(config).one_width and not one_width:
-        raise SliceGPTError(f"a {config.model_type}'s last signal must be as wide as its first: it can have neither a "
-                            "full head nor dimensions chosen by variance")
-
-
 # ---- Where an architecture keeps its parts --------------------------------------------------------------------------
+#
+# To add a family, give it a row in ARCHITECTURES, and TestFamily in the tests what its config needs; `check_row` refuses
+# a row that is wrong. The accessors behind the table are all that the sections above know of Hugging Face's modules.
 
-class SliceGPTError(ValueError):
-    """What a user can mend, said in one line."""
+@dataclass(frozen=True)
+class Block:
+    """One attention or one FFN, as paths in its layer. Several paths are separated by spaces.
+
+    norm: in front of it. modules: compute Z from the norm's output, one after the other. W_in, W_out: the matrices that
+    read that output, and those that write Z; a path with a ? is used where the layer has it. attention: is it one, so
+    that its module takes masks, positions and caches, and returns more than Z?
+    """
+    norm: str
+    modules: str
+    W_in: str
+    W_out: str
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The way from one signal to the next: the blocks of a layer that read the same signal, and add to it.
+
+    layer, number: the layer and its place in the model. blocks: one, or both of a parallel layer. shortcut_name: of the
+    layer's parameter that holds the shortcut, made by `rotate`. norm_offset: see Architecture. multiplier: of Z, which
+    Granite has. args, kwargs: what else the layer is called with, where that is known beforehand (see `embed`).
+    """
+    layer: nn.Module
+    number: int
+    blocks: tuple[Block, ...]
+    shortcut_name: str
+    norm_offset: float
+    multiplier: float
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+
+    def __call__(self, X: Tensor, *args, **kwargs) -> Tensor:
+        """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
+        normalised = {path: self.layer.get_submodule(path)(X) for path in {block.norm for block in self.blocks}}
+        Z_of_blocks = []
+        for block in self.blocks:
+            Z = normalised[block.norm]
+            for module in submodules(self.layer, block.modules):
+                Z = module(Z, *self.args, *args, **self.kwargs, **kwargs) if block.attention else module(Z)
+                Z = Z[0] if isinstance(Z, tuple) else Z
+            Z_of_blocks.append(Z)
+        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])
+
+    def __str__(self):
+        return f"layer {self.number}, {self.blocks[0].modules}"
+
+    def readers_of(self, block: Block) -> list:
+        return submodules(self.layer, block.W_in)
+
+    def writers_of(self, block: Block) -> list:
+        return submodules(self.layer, block.W_out)
+
+    @property
+    def readers(self) -> list:
+        return [W_in for block in self.blocks for W_in in self.readers_of(block)]
+
+    @property
+    def writers(self) -> list:
+        return [W_out for block in self.blocks for W_out in self.writers_of(block)]
+
+    @property
+    def shortcut(self) -> Tensor | None:
+        return getattr(self.layer, self.shortcut_name, None)
+
+    def set_shortcut(self, S: Tensor):
+        setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=self.writers[0].weight)))
+
+    def on(self, device: torch.device):
+        """This stage, with its layer and its args on the device; the layer is a copy if it was elsewhere."""
+        args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, (self.args, self.kwargs))
+        layer = self.layer
+        if self.writers[0].weight.device != device:
+            there = {id(W): nn.Parameter(W.detach().to(device)) for W in layer.parameters()}
+            there |= {id(b): b.to(device) for b in layer.buffers()}
+            layer = copy.deepcopy(layer, there)  # with these as its tensors
+        return replace(self, layer=layer, args=args, kwargs=kwargs)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Paths in a model: all embeddings that add into X, the layers, the last norm; and the blocks of a layer."""
+    """Paths in a model: all embeddings that add into X, the layers, the last norm; and the blocks of a layer.
+
+    parallel: do both blocks read the same signal? (A config's use_parallel_residual overrides this.) norm_offset: is
+    added to the weight of a norm to give alpha. one_width: does the model's own forward pass, or a module of a mixture
+    of experts, take the signal to be as wide behind it as in front? zero_mean: has it LayerNorms, and heads that need
+    not add up to its hidden size? Such a slice can be a model of its own class, see `standard`.
+    """
     embeddings: str
     layers: str
     norm: str
     attention: Block
     ffn: Block
-    parallel: bool = False  # do both blocks read the same signal? (A config's use_parallel_residual goes before)
-    norm_offset: float = 0.0  # added to the stored scale of a norm
-    one_width: bool = False  # does the model's own forward take the last signal to be as wide as the first?
-    zero_mean: bool = False  # has it LayerNorms, and heads that need not add up to its hidden size? See `mean_free`
+    parallel: bool = False
+    norm_offset: float = 0.0
+    one_width: bool = False
+    zero_mean: bool = False
 
 
 LLAMA = Architecture(
@@ -555,80 +539,35 @@ def architecture(config) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def stages(model) -> list[Stage]:
-    """All stages in the order in which the signal meets them: in a layer attention, then FFN, or both in parallel."""
-    parts = architecture(model.config)
-    of_layer = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
-    if getattr(model.config, "use_parallel_residual", parts.parallel):
-        of_layer = [((parts.attention, parts.ffn), "shortcut")]
-    return [Stage(layer, number, *of_stage) for number, layer in enumerate(layers(model)) for of_stage in of_layer]
-
-
-def positions(config) -> float:
-    """The longest sequence that a model can take, in tokens."""
-    return getattr(config, "max_position_embeddings", None) or math.inf
-
-
-def centres(norm) -> bool:
-    """Whether a norm subtracts the mean, as a LayerNorm does, whoever wrote it."""
-    return "LayerNorm" in type(norm).__name__
-
-
-@torch.no_grad()
-def check_row(model):
-    """Raises SliceGPTError if a dense model computes something else than Figure 4 makes of its row in the table.
-
-    A class that only looks like one of the table, or one that has changed, is found out here, before a weight changes.
-    Random tokens are embedded. To that signal X, each layer must add the same as it is and fused; both are computed by
-    a copy in float32 at least, since a narrow type would hide a difference. What the head reads must have the direction
-    of what the last norm gives. Both are medians over the tokens, as rounding may send a few to another expert.
-    """
-    parts, D, norm, read = architecture(model.config), model.config.hidden_size, last_norm(model), []
-    if any(isinstance(module, RMSNorm) for module in model.modules()):
-        raise SliceGPTError("an error left it half fused or half rotated: load it again")
-    if model.device.type == "meta":  # without values
-        return
-    dtype, training = torch.promote_types(model.dtype, torch.float32), model.training
-    tokens = torch.randint(model.config.vocab_size, (1, min(16, positions(model.config))),
-                           generator=torch.Generator().manual_seed(0)).to(model.device)
-    X, calls = embed(model.eval(), tokens)
-    with layers_do(lambda _, X, *args, **kwargs: X, model), model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: read.append(inputs[0].to(dtype))):
-        model(tokens, use_cache=False)
-    model.train(training)
-    right = F.cosine_similarity(norm(X).to(dtype), read[0], dim=-1).median() > 0.99
-    M = torch.eye(D, dtype=dtype, device=X.device) - centres(norm) / D
-    X = X.to(dtype) @ M
-    for number, of_layer in itertools.groupby(stages(model), lambda stage: stage.number):
-        layer = copy.deepcopy(layers(model)[number]).to(dtype).eval()
-        device = next(layer.parameters()).device
-        X, args, kwargs = tree_map(lambda a: a.to(device, dtype if a.is_floating_point() else a.dtype)
-                                   if isinstance(a, Tensor) else a, (X, *calls[number]))
-        expected, found = layer(X, *args, **kwargs), X
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        for stage in (replace(stage, layer=layer, args=args, kwargs=kwargs) for stage in of_layer):
-            fuse_stage(stage, parts.norm_offset, D)
-            found = found + stage(found)
-        difference, added = (found - expected @ M.to(device)).norm(dim=-1), (expected - X).norm(dim=-1)
-        right = right and difference.median() <= 1e-3 * added.median()
-    if not right:
-        raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
-
-
 def layers(model) -> nn.ModuleList:
     return model.get_submodule(architecture(model.config).layers)
 
 
-def embeddings(model) -> list[nn.Module]:
+def embeddings(model) -> list:
+    """W_embd: the modules whose outputs add up to the first signal."""
     return submodules(model, architecture(model.config).embeddings)
 
 
-def last_norm(model) -> nn.Module:
-    return model.get_submodule(architecture(model.config).norm)
+def stages_by_layer(model) -> list[list[Stage]]:
+    """For each layer: attention, then FFN; or both in one stage, if they are parallel."""
+    parts = architecture(model.config)
+    of_layer = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
+    if getattr(model.config, "use_parallel_residual", parts.parallel):
+        of_layer = [((parts.attention, parts.ffn), "shortcut")]
+    return [[Stage(layer, number, *of_stage, parts.norm_offset, getattr(layer, "residual_multiplier", 1.0))
+             for of_stage in of_layer] for number, layer in enumerate(layers(model))]
+
+
+def stages(model) -> list[Stage]:
+    """All stages, in the order in which the signal meets them."""
+    return [stage for of_layer in stages_by_layer(model) for stage in of_layer]
 
 
 def submodules(module, paths: str) -> list:
-    """What there is at these paths; of a path with a ?, which only some layers have, what has a weight."""
+    """The modules at these paths, separated by spaces; a path with a ? is optional, and counts if it has a weight.
+
+    A parameter of all experts (experts, ..) stands for its experts.
+    """
     found = []
     for path in paths.split():
         try:
@@ -636,12 +575,12 @@ def submodules(module, paths: str) -> list:
         except AttributeError:
             if path[0] != "?":
                 raise
-        else:
-            if isinstance(part, nn.Parameter):
-                owner, _, name = path.lstrip("?").rpartition(".")
-                found += [Expert(module.get_submodule(owner), name, number) for number in range(len(part))]
-            elif path[0] != "?" or hasattr(part, "weight"):
-                found.append(part)
+            continue
+        if isinstance(part, nn.Parameter):
+            owner, _, name = path.lstrip("?").rpartition(".")
+            found += [Expert(module.get_submodule(owner), name, number) for number in range(len(part))]
+        elif path[0] != "?" or hasattr(part, "weight"):
+            found.append(part)
     return found
 
 
@@ -662,22 +601,13 @@ class Expert:
                 of_all.data[self.number] = row
 
 
-def resize(stage: Stage, D: int, d: int):
-    """Tells the modules of a mixture of experts, which remember how wide the signal is, that it is d now, not D."""
-    for block in stage.blocks:
-        for module in () if block.attention else stage.layer.get_submodule(block.modules.split()[0]).modules():
-            for name in ("hidden_dim", "hidden_size", "input_size"):
-                if getattr(module, name, None) == D:
-                    setattr(module, name, d)
-
-
 def matrix(module) -> Tensor:
     """W (inputs, outputs) in float64: of an embedding, a Conv1D (GPT-2), or a Linear, which stores its transpose."""
     return as_stored(module, module.weight.detach().double())
 
 
 def as_stored(module, W: Tensor) -> Tensor:
-    """W as a module stores it, or as it multiplies from the right, of the other."""
+    """W as a module stores it, from W as it multiplies from the right; or the other way round."""
     straight = isinstance(module, (nn.Embedding, Conv1D)) or getattr(module, "transposed", False)
     return W if straight else W.T
 
@@ -700,6 +630,163 @@ def set_matrix(module, W: Tensor, bias: Tensor | None):
     if bias is not None:
         module.bias = nn.Parameter(stored(bias, like=module.weight))
     module.weight.data, module.weight.grad = stored(as_stored(module, W), like=module.weight), None
+
+
+@contextlib.contextmanager
+def layers_do(forward, model):
+    """Inside, the model's layers do forward(layer, X, *args, **kwargs) instead of what is theirs."""
+    with contextlib.ExitStack() as patches:
+        for layer in layers(model):
+            patches.enter_context(patch.object(layer, "forward", partial(forward, layer)))
+        yield
+
+
+@torch.no_grad()
+def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stage]]:
+    """Algorithm 1, line 1: the signal X (samples, N, D) of tokens (samples, N), on the CPU; and all stages, with args.
+
+    The model's own forward pass runs, while its layers only pass on X, and record what else they are called with: masks
+    and the like, which are the same for all sequences.
+    """
+    calls = []
+
+    def record(_, X, *args, **kwargs):
+        calls.append((X, args, kwargs))
+        return X
+
+    def first_signal(tokens):
+        calls.clear()
+        model.base_model(tokens.to(model.device), use_cache=False)
+        return calls[0][0]
+
+    with layers_do(record, model):
+        X = allocate((*tokens.shape, model.config.hidden_size), model.dtype)
+        for x, batch in zip(X.split(batch_size), tokens.split(batch_size)):
+            x.copy_(first_signal(batch))
+        first_signal(tokens[:1])
+    return X, [replace(stage, args=calls[stage.number][1], kwargs=calls[stage.number][2]) for stage in stages(model)]
+
+
+@contextlib.contextmanager
+def rotating(model, Q, device):
+    """For `rotate`: gives (an iterator of the Q of all signals, in float64 on the device; whether there are shortcuts).
+
+    At the end, the new shape is noted where it has to be known: in the config, in modules of mixtures, and in layers
+    with shortcuts, which get another forward pass. While it lasts the config has no shape, so that a model is refused
+    (see `check_row`) if an error has left it half rotated.
+    """
+    shape, widths = model.config.slicegpt, []
+    shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
+    if shape.get("tied"):  # beyond the paper, see `tie_head`
+        raise SliceGPTError("its head is tied to its embedding, which can be rotated before that only")
+    Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
+
+    def hand_out():
+        for rows, Q in itertools.zip_longest(shape["dimensions"], Qs):
+            if Q is None or len(Q) != rows:
+                raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows")
+            widths.append(Q.shape[1])
+            check_width(model.config, len(widths) < len(shape["dimensions"]) or widths[0] == widths[-1])
+            yield Q.to(device or model.device, torch.float64)
+
+    if not isinstance(Qs, Iterator):  # all that is there already is checked before anything is rotated
+        widths = [0 for _ in hand_out()][:0]
+    del model.config.slicegpt
+    yield hand_out(), shortcuts
+    for stage, D, d in zip(stages(model), shape["dimensions"], widths):
+        resize(stage, D, d)
+    for of_layer in stages_by_layer(model) if shortcuts else ():
+        of_layer[0].layer.forward = partial(sliced_layer, of_layer)
+    model.config.slicegpt = shape | {"dimensions": widths, "shortcuts": shortcuts}
+
+
+def resize(stage: Stage, D: int, d: int):
+    """Tells the modules of a mixture of experts, which remember how wide the signal is, that it is d now, not D."""
+    for block in stage.blocks:
+        for module in () if block.attention else stage.layer.get_submodule(block.modules.split()[0]).modules():
+            for name in ("hidden_dim", "hidden_size", "input_size"):
+                if getattr(module, name, None) == D:
+                    setattr(module, name, d)
+
+
+@torch.no_grad()
+def check_row(model):
+    """Raises SliceGPTError if a dense model computes something else than Figure 4 makes of its row in the table.
+
+    A class that only looks like one of the table, or one that has changed, is found out here, before a weight changes.
+    Random tokens are embedded. To that signal X, each layer must add the same as it is and fused; both are computed by
+    a copy in float32 at least, since a narrow type would hide a difference. What the head reads must have the direction
+    of what the last norm gives. Both are medians over the tokens, as rounding may send a few to another expert.
+    """
+    if hasattr(model, "peft_config"):
+        raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
+    if any(isinstance(module, RMSNorm) for module in model.modules()):
+        raise SliceGPTError("an error left it half fused or half rotated: load it again")
+    parts, D = architecture(model.config), model.config.hidden_size
+    if model.device.type == "meta":  # without values
+        return
+    norm, read, training = model.get_submodule(parts.norm), [], model.training
+    tokens = torch.randint(model.config.vocab_size, (1, min(16, positions(model.config))),
+                           generator=torch.Generator().manual_seed(0))
+    X, todo = embed(model.eval(), tokens)
+    with layers_do(lambda _, X, *args, **kwargs: X, model), model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: read.append(inputs[0])):
+        model(tokens.to(model.device), use_cache=False)
+    model.train(training)
+    right = F.cosine_similarity(norm(X.to(model.device)).double(), read[0].double(), dim=-1).median() > 0.99
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    X = X.to(dtype)
+    X = X - X.mean(-1, True) if subtracts_mean(norm) else X
+    for _, of_layer in itertools.groupby(todo, attrgetter("number")):
+        of_layer = list(of_layer)
+        layer = copy.deepcopy(of_layer[0].layer).to(dtype).eval()
+        x, args, kwargs = tree_map(lambda a: a.to(next(layer.parameters()).device, dtype if a.is_floating_point() else
+                                                  None) if isinstance(a, Tensor) else a,
+                                   (X, of_layer[0].args, of_layer[0].kwargs))
+        expected, found = layer(x, *args, **kwargs), x
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        for stage in of_layer:
+            stage = replace(stage, layer=layer, args=args, kwargs=kwargs)
+            fuse_stage(stage, D)
+            found = found + stage(found)
+        difference = found - expected
+        if subtracts_mean(norm):
+            difference = difference - difference.mean(-1, True)
+        right = right and difference.norm(dim=-1).median() <= 1e-3 * (expected - x).norm(dim=-1).median()
+    if not right:
+        raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
+
+
+def check_tokens(config, tokens: Tensor):
+    """Raises SliceGPTError if such a model cannot take these tokens (.., N)."""
+    if tokens.numel() == 0:
+        raise SliceGPTError("there are no tokens")
+    if tokens.shape[-1] > positions(config):
+        raise SliceGPTError(f"sequences of {tokens.shape[-1]} tokens are longer than the model's {positions(config)} "
+                            "positions")
+    if tokens.max() >= config.vocab_size:
+        raise SliceGPTError(f"the model knows {config.vocab_size} tokens, and there is a token {tokens.max()}; is the "
+                            "tokenizer another model's?")
+
+
+def check_sliceable(config, calibration: Tensor, one_width: bool = True):
+    """Raises SliceGPTError if such a model, by such tokens, cannot be sliced, to one width throughout or not."""
+    check_tokens(config, calibration)
+    shape = getattr(config, "slicegpt", None)
+    if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
+        raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
+    check_width(config, one_width)
+
+
+def check_width(config, one_width: bool):
+    if architecture(config).one_width and not one_width:
+        raise SliceGPTError(f"a {config.model_type}'s last signal must be as wide as its first: it can have neither a "
+                            "full head nor dimensions chosen by variance")
+
+
+def positions(config) -> float:
+    """The longest sequence that a model can take, in tokens."""
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 # ---- 4 Experiments: texts, perplexity, generation, recovery fine-tuning ---------------------------------------------
@@ -751,17 +838,17 @@ def tokenize(tokenizer, text: str, seqlen: int, samples: int | None = None, seed
 
 @torch.no_grad()
 def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None) -> float:
-    """Section 4: exp of the mean negative log likelihood, in nats, of tokens (samples, seqlen), but each first one.
+    """Section 4: exp of the mean negative log likelihood, in nats, of tokens (samples, seqlen); the first of each
+    sequence is not predicted. Sets the model to eval mode.
 
-    batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large. Sets the
-    model to eval mode.
+    batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
     """
-    device, mine = device or model.device, share(tokens)
+    device = device or model.device
     model.eval()
     loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in progress(mine.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", unit="batch"):
+    for batch in progress(tokens.split(batch_size or max(1, 4096 // tokens.shape[1])), "perplexity", unit="batch"):
         batch = batch.to(device)
-        logits = at_least_float32(model(batch, use_cache=False).logits[:, :-1].flatten(0, 1))
+        logits = at_least_float32(model(batch, use_cache=False).logits[:, :-1]).flatten(0, 1)
         loss_and_count[0] += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
         loss_and_count[1] += len(logits)
     loss, count = total(loss_and_count)
@@ -809,12 +896,15 @@ def descend(weights: list, batches, loss_of, learning_rate: float, label: str):
 
 
 def train(model, batches, learning_rate: float, label: str):
-    """Trains what is not frozen by `descend`; the processes share each batch of tokens (B, N). Ends in eval mode."""
+    """Trains what is not frozen by `descend`, on batches of tokens (B, N); ends in eval mode.
+
+    Under torchrun, each process has batches of its own, as many as the others.
+    """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
 
     def loss_of(batch):
-        batch = share(batch).to(model.device)
+        batch = batch.to(model.device)
         return network(batch, labels=batch, use_cache=False).loss
 
     model.train()
@@ -835,11 +925,10 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=32, lora_alpha=10, target_modules=targets))
-        batches = tokens.split(batch_size * (dist.get_world_size() if dist.is_initialized() else 1))
         if model.device.type == "cuda":
             model.activation_checkpointing_enable({"use_reentrant": False})
         try:
-            train(adapted, batches, learning_rate, "recovery fine-tuning")
+            train(adapted, tokens.split(batch_size), learning_rate, "recovery fine-tuning")
             adapted.merge_and_unload()
         finally:
             adapted.unload()  # after an error; what has been merged is no adapter any more
@@ -861,16 +950,14 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     that every signal has the same say. Fuses the model, and sets it to eval mode. Raises SliceGPTError for a signal
     that is not finite.
     """
-    device = torch.device(device or model.device)
+    device, C = torch.device(device or model.device), 0
     check_sliceable(model.config, calibration)
     fuse(model.eval())
-    norm = last_norm(model)  # fused, all norms are the same
-
-    def weighed(X, stage) -> Tensor:  # (D, D)
-        read, written = (summed_covariance(X, stage, observe, batch_size, device) for observe in (norm, nn.Identity()))
-        return read / read.trace() + 0.3 * written / written.trace()
-
-    return agreed(pca(sum(walk(model, calibration, weighed, batch_size, device)))[1])
+    norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
+    for stage, X in signals(model, calibration, batch_size, device):
+        read, written = (total_covariance(observe, X, stage, batch_size, device) for observe in (norm, nn.Identity()))
+        C = C + (read / read.trace() + 0.3 * written / written.trace())
+    return agreed(pca(C)[1])
 
 
 def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learning_rate: float | None = None,
@@ -888,7 +975,7 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     """
     check_sliceable(model.config, calibration)
     fuse(model.eval())
-    length = min(256, calibration.shape[1])
+    length, calibration = min(256, calibration.shape[1]), all_samples(calibration)
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
     generator = torch.Generator().manual_seed(seed)
     first, *batches = (pieces[torch.randint(len(pieces), (batch_size,), generator=generator)] for _ in range(steps + 1))
@@ -923,12 +1010,11 @@ def projected(model, Q: Tensor):
 
     Its signal stays in D dimensions: Z Q Q^T is written instead of Z.
     """
-    P, of_all_layers = (Q @ Q.T).to(model.dtype), stages(model)
+    P, of_layers = (Q @ Q.T).to(model.dtype), {of_layer[0].layer: of_layer for of_layer in stages_by_layer(model)}
 
     def forward(layer, X, *args, **kwargs):
-        for stage in of_all_layers:
-            if stage.layer is layer:
-                X = X + stage(X, *args, **kwargs) @ P
+        for stage in of_layers[layer]:
+            X = X + stage(X, *args, **kwargs) @ P
         return X
 
     with contextlib.ExitStack() as hooks:
@@ -957,7 +1043,8 @@ def tie_head(model, calibration: Tensor | None = None):
         PE += torch.bincount(calibration.flatten(), minlength=len(E)).to(E)[:, None] / calibration.numel() * E
     B = nn.Linear(len(W), E.shape[1], bias=False, dtype=model.dtype, device=model.device)
     set_matrix(B, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True), None)
-    model.set_submodule(architecture(model.config).norm, nn.Sequential(last_norm(model), B))
+    path = architecture(model.config).norm
+    model.set_submodule(path, nn.Sequential(model.get_submodule(path), B))
     lm_head.in_features, lm_head.weight = E.shape[1], embedding.weight
     model.config.slicegpt["tied"] = model.config.tie_word_embeddings = True
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -970,24 +1057,28 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
     |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
     sqrt(d / D), in place, and the norms get a scale of sqrt(D / d). The given model is then used up. LayerNorms do the
-    same to a signal whose mean is 0, see `mean_free`.
+    same to a signal whose mean is 0: so where there are some, the signal is first rotated into one dimension more, see
+    `mean_free`, unless its mean is 0 already.
     """
     shape, parts, config = model.config.slicegpt, architecture(model.config), model.config
-    W = matrix(model.get_input_embeddings())
-    centred = parts.zero_mean and (W.is_meta or W.mean(1).abs().max() < 1e-3 * W.abs().mean())
     for reason, holds in (("it has shortcuts", shape["shortcuts"]),
                           ("its head is tied through a matrix of its own", shape.get("tied")),
                           ("its norms are LayerNorms, which subtract a mean",
-                           not centred and not hasattr(config, "rms_norm_eps"))):
+                           not parts.zero_mean and not hasattr(config, "rms_norm_eps"))):
         if holds:
             return model, reason
+    d, W, H = shape["dimensions"][0], matrix(model.get_input_embeddings()), None
+    if parts.zero_mean and (W.is_meta or W.mean(1).abs().max() > 1e-3 * W.abs().mean()):
+        d, H = d + 1, mean_free(d)
     try:
-        config = stock_config(config, shape["dimensions"][0])
+        config = stock_config(config, d)
     except Exception as error:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
+    if H is not None:
+        rotate(model, H)
     scale, weights = math.sqrt(model.config.hidden_size / config.hidden_size), model.state_dict()
     expected = stock.state_dict()
     for fused, pieces in (("qkv_proj", "q_proj k_proj v_proj"), ("gate_up_proj", "gate_proj up_proj")):
@@ -996,7 +1087,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
             weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
     # where beta of a LayerNorm became a bias that the stock class has not, its LayerNorms have a bias of 1: on that, as
     # on the signal, W_in is 0, and so it can have any bias in its mean
-    biases = [name for name in weights.keys() - expected.keys() if centred and name.endswith("bias")]
+    biases = [name for name in weights.keys() - expected.keys() if parts.zero_mean and name.endswith("bias")]
     for name in biases:
         W = weights[name.removesuffix("bias") + "weight"]
         weights[name.removesuffix("bias") + "weight"] = W + weights.pop(name)[:, None] / config.hidden_size
@@ -1004,6 +1095,8 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         value = float(bool(biases)) if name.endswith("bias") else scale - parts.norm_offset
         weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
     if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in expected.items()}:
+        if H is not None:
+            rotate(model, H.T)  # back
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
@@ -1023,16 +1116,15 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     return stock.to(model.device), ""
 
 
-def mean_free(Q: Tensor) -> Tensor:
-    """(D, d) of a Q (D, d - 1): the same directions, rotated into d dimensions such that each signal has mean 0.
+def mean_free(d: int) -> Tensor:
+    """(d, d + 1), with orthonormal rows of mean 0: rotates any signal into d + 1 dimensions in which its mean is 0.
 
-    So a LayerNorm finds no mean to subtract. H is the reflection that takes e_1 to 1 / sqrt(d); all its other rows are
-    orthogonal to the vector of ones.
+    So a LayerNorm finds no mean to subtract. H is the reflection that takes e_1 to 1 / sqrt(d + 1); all its other rows
+    are orthogonal to the vector of ones.
     """
-    d = Q.shape[1] + 1
-    v = torch.eye(d, dtype=Q.dtype, device=Q.device)[0] - d ** -0.5
-    H = torch.eye(d, dtype=Q.dtype, device=Q.device) - 2 * torch.outer(v, v) / (v @ v)
-    return Q @ H[1:]
+    v = torch.eye(d + 1, dtype=torch.float64)[0] - (d + 1) ** -0.5
+    H = torch.eye(d + 1, dtype=torch.float64) - 2 * torch.outer(v, v) / (v @ v)
+    return H[1:]
 
 
 def stock_config(config, d: int):
@@ -1058,17 +1150,6 @@ def stock_config(config, d: int):
     return AutoConfig.for_model(kind, **values)
 
 
-def limits(config) -> str:
-    """What is known not to run a standard checkpoint: llama.cpp refuses some, and computes something else of others."""
-    kind = config.model_type
-    for wrong, holds in (("has no head beside its embedding", kind in ("gemma", "cohere", "cohere2")),
-                         ("refuses its shape", kind in ("qwen2", "phi", "starcoder2", "nemotron", "olmo")),
-                         ("does not know windows in a Mistral", kind == "mistral" and config.sliding_window)):
-        if holds:
-            return f" for transformers (llama.cpp {wrong})"
-    return ""
-
-
 def dimension_for(config, params: float, round_to: int, rotation: str = "block", head: str = "sliced") -> int:
     """The largest d, a multiple of `round_to`, whose sliced network has at most the share `params` of all parameters.
 
@@ -1080,7 +1161,8 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
             model = AutoModelForCausalLM.from_config(config)
             dense, Q = parameters(model), torch.empty(config.hidden_size, d)
             last = torch.empty(config.hidden_size, config.hidden_size) if head == "full" else Q
-            rotate(model, Q if rotation == "shared" else [Q] * len(stages(model)) + [last])
+            shared = Q[:, :directions(config, d, head)]
+            rotate(model, shared if rotation == "shared" else [Q] * len(stages(model)) + [last])
             if head == "tied":
                 tie_head(model)
             return parameters(standard(model)[0]) / dense
@@ -1093,13 +1175,27 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
     return multiples[fitting - 1]
 
 
+def directions(config, d: int, head: str) -> int:
+    """How many directions to keep for a width of d in the end: one less where `standard` adds one."""
+    return d - (architecture(config).zero_mean and head != "tied")
+
+
 # ---- Several processes (torchrun) -----------------------------------------------------------------------------------
 
-def share(samples: Tensor) -> Tensor:
-    """This process's part of the samples; all, if there are too few: more of the same changes no Q and no mean."""
+#
+# Each process passes its own part of the samples to every function above. What crosses processes is a sum, of
+# covariances or losses or gradients, and the Q of the first.
+
+def share(samples: Tensor, even: bool = False) -> Tensor:
+    """This process's part of the samples; all, if there are too few: more of the same changes no Q and no mean.
+
+    even: all parts have the same length, so that all processes take as many steps; some samples may come twice.
+    """
     if not dist.is_initialized() or len(samples) < dist.get_world_size():
         return samples
-    return samples.tensor_split(dist.get_world_size())[dist.get_rank()]
+    if even:
+        return samples[list(torch.utils.data.DistributedSampler(samples, shuffle=False))]
+    return samples[dist.get_rank()::dist.get_world_size()]
 
 
 def total(C: Tensor) -> Tensor:
@@ -1117,9 +1213,13 @@ def agreed(Q: Tensor) -> Tensor:
     return Q
 
 
-def progress(*args, **kwargs):
-    """A tqdm bar, for what takes more than two seconds; where it cannot move, as in a log, seldom redrawn."""
-    return tqdm(*args, **kwargs | {"delay": 2, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 20})
+def all_samples(mine: Tensor) -> Tensor:
+    """The samples of all processes, in each of them, if each has its `share`."""
+    if not dist.is_initialized():
+        return mine
+    everywhere = mine.new_zeros(total(torch.tensor(len(mine))), *mine.shape[1:])
+    everywhere[dist.get_rank()::dist.get_world_size()] = mine
+    return total(everywhere)
 
 
 # ---- A model larger than memory -------------------------------------------------------------------------------------
@@ -1127,45 +1227,27 @@ def progress(*args, **kwargs):
 # Hugging Face maps a checkpoint's weights into memory and does not read them before they are used. Here, what is made
 # of them is in mapped files too, so that the system can drop any page that it needs for something else.
 
-WORK: ContextVar[Path | None] = ContextVar("the directory of `larger_than_memory`", default=None)
+FOLDER: ContextVar[Path | None] = ContextVar("where `larger_than_memory` has its files", default=None)
 
 
 @contextlib.contextmanager
-def larger_than_memory(work: Path, options: dict):
-    """Inside, signals and new weights are in files in the directory `work`; it goes at the end, but not by an error.
-
-    A directory is for one `walk`, of one model: that goes on where an earlier process with the same options died, and
-    comes to the same result, bit for bit.
-    Raises SliceGPTError if what is there was begun with other options, or if the disk refuses.
-    """
-    begun, fcntl = work / "options.json", importlib.import_module("fcntl")
-    with failing(f"cannot save to {work}", "is another process at work there?"):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # for as long as this process lives
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not begun.exists():
-            (work / "unfinished").write_text(json.dumps(options))
-            (work / "unfinished").replace(begun)
-        other = [name for name, value in json.loads(begun.read_text()).items() if options.get(name) != value]
-    if other:
-        raise SliceGPTError(f"{work} was begun with other options ({', '.join(other)}); remove it to begin anew")
+def larger_than_memory(folder: Path):
+    """Inside, new weights and signals are in files in that folder; they have no names, and go when they are not used."""
     with contextlib.suppress(OSError, AttributeError):  # glibc only: freed matrices go back to the system at once
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-    token = WORK.set(work)
+    token = FOLDER.set(folder)
     try:
         yield
     finally:
-        WORK.reset(token)
-        lock.close()
-    shutil.rmtree(work)
+        FOLDER.reset(token)
 
 
-def allocate(shape, dtype, pinned: bool = False) -> Tensor:
+def allocate(shape, dtype) -> Tensor:
     """An uninitialised tensor on the CPU; within `larger_than_memory`, pages of a file that goes with the tensor."""
-    work, size = WORK.get(), math.prod(shape)
-    if work is None or size == 0:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    with failing(f"cannot save to {work}"), tempfile.NamedTemporaryFile(dir=work) as file:
+    folder, size = FOLDER.get(), math.prod(shape)
+    if folder is None or size == 0:
+        return torch.empty(shape, dtype=dtype)
+    with failing(f"cannot save to {folder}"), tempfile.NamedTemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk says so now
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
 
@@ -1177,38 +1259,14 @@ def stored(W: Tensor, like: Tensor) -> Tensor:
     return W.detach().to(like.device, like.dtype, copy=True).contiguous()
 
 
-def recorded(i: int, X: Tensor, found: Tensor) -> Tensor:
-    """Keeps what was found in signal i, and X as the next stage will read it. In memory this does nothing."""
-    work = WORK.get()
-    if work is None:
-        return found
-    with failing(f"cannot save to {work}"):
-        for name, content in (f"{i}.pt", found), ("signal.pt", {"found": i + 1, "X": X}):  # the latter counts
-            with open(work / "unfinished", "wb") as file:  # a process that is killed here leaves no half of a file
-                torch.save(content, file)
-            (work / "unfinished").replace(work / name)
-    return torch.load(work / f"{i}.pt", mmap=True)
-
-
-def resumed(X: Tensor) -> list[Tensor]:
-    """All that `recorded` has kept, and X what it was then."""
-    work = WORK.get()
-    if work is None or not (work / "signal.pt").exists():
-        return []
-    with failing(f"cannot go on from {work}", "remove it to begin anew"):
-        kept = torch.load(work / "signal.pt", mmap=True)
-        X.copy_(kept["X"])
-        return [torch.load(work / f"{i}.pt", mmap=True) for i in range(kept["found"])]
-
-
 # ---- Load and save, with Hugging Face's classes ---------------------------------------------------------------------
 
 class SlicedForCausalLM:
-    """A Hugging Face causal language model that is fused, and perhaps rotated or sliced; a mixin like SlicedLayer.
+    """A Hugging Face causal language model that is fused, and perhaps rotated or sliced: a mixin for its class.
 
-    `config.slicegpt` has its shape: `dimensions`, of the signal after the embedding and after every stage, whether
-    there are `shortcuts`, and whether its head is `tied` (see `tie_head`). A saved model's `auto_map` names this class,
-    for AutoModelForCausalLM.
+    `config.slicegpt` has its shape: `dimensions`, of the signal in front of every stage and of the head; whether there
+    are `shortcuts`; and whether its head is `tied` (see `tie_head`). A saved model's `auto_map` names this class, for
+    AutoModelForCausalLM.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"(norm|ln_f)\.weight$"]  # see `save_pretrained`
@@ -1239,21 +1297,12 @@ class SlicedForCausalLM:
         shutil.copyfile(__file__, Path(path) / "slicegpt.py")
 
     @classmethod
-    def for_config(cls, config) -> type:
-        if issubclass(cls, PreTrainedModel):
-            return cls
-        return mixed(SlicedForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-
-    @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
         """Hugging Face's own from_pretrained, of the class that goes with the config."""
         config = config or AutoConfig.from_pretrained(path)
-        return super(SlicedForCausalLM, cls.for_config(config)).from_pretrained(path, *args, config=config, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        """Likewise, for AutoModelForCausalLM.from_config: random weights."""
-        return super(SlicedForCausalLM, cls.for_config(config))._from_config(config, **kwargs)
+        if not issubclass(cls, PreTrainedModel):
+            cls = sliced_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        return super(SlicedForCausalLM, cls).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class):
@@ -1261,33 +1310,29 @@ class SlicedForCausalLM:
 
 
 @cache
-def mixed(mixin: type, base: type) -> type:
-    """The class `mixin` in front of one of Hugging Face's, whose instances can be copied and pickled.
-
-    A layer's class keeps its name, by which accelerate's device maps know what must not be split.
-    """
-    name = base.__name__ if mixin is SlicedLayer else mixin.__name__
-    return type(name, (mixin, base), {"__module__": __name__,
-                                      "__reduce__": lambda self: (blank, (mixin, base), vars(self))})
+def sliced_class(base: type) -> type:
+    """SlicedForCausalLM in front of one of Hugging Face's classes; its instances can be copied and pickled."""
+    return type("SlicedForCausalLM", (SlicedForCausalLM, base), {
+        "__module__": __name__, "__reduce__": lambda self: (blank, (base,), vars(self))})
 
 
-def blank(mixin: type, base: type):
-    return mixed(mixin, base).__new__(mixed(mixin, base))
+def blank(base: type):
+    return sliced_class(base).__new__(sliced_class(base))
 
 
 def become_sliced(model):
-    """Gives a dense model, in place, class and config of a sliced one that has all dimensions, and untied weights."""
+    """Gives a model that has just been fused, in place, the class and the config of a sliced one with all dimensions."""
     shared, config = model.config, copy.deepcopy(model.config)
     for module in model.modules():  # other models may have been made from the same config
         if getattr(module, "config", None) is shared:
             module.config = config
     config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}  # else transformers would tie the two again when it saves
+    model.all_tied_weights_keys = {}  # else transformers would tie head and embedding again when it saves
     model._weight_conversions = []  # nor may it save under names that only the dense model's class understands
     config.slicegpt = {"dimensions": [config.hidden_size] * (1 + len(stages(model))), "shortcuts": False}
     config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     if not isinstance(model, SlicedForCausalLM):
-        model.__class__ = mixed(SlicedForCausalLM, type(model))
+        model.__class__ = sliced_class(type(model))
 
 
 def load(name, dtype="auto", device="cpu", **options):
@@ -1376,8 +1421,6 @@ def unfinished(path: Path) -> Path:
             begun = {name for name in there if name.startswith(".unfinished")}
             if there - begun and (not begun or "config.json" in there):  # else a process died while it moved files here
                 raise OSError("it exists and is not an empty directory")
-        if WORK.get():
-            folder = WORK.get() / "result"
         shutil.rmtree(folder, ignore_errors=True)  # a process died while it wrote
         folder.mkdir(parents=True)
         return folder
@@ -1517,8 +1560,7 @@ def parse_arguments(argv):
         "far the predictions are from the dense model's and from the text (implies --rotation shared)")
     add("--finetune", type=number(int, 1), nargs="?", const=1000, metavar="N", help="then recover by LoRA on N "
         "sequences of the calibration text (default: 1000)")
-    add("--stream", action="store_true", help="larger than memory: weights and signals stay in files next to --save; "
-        "begun again after it was killed, it goes on")
+    add("--stream", action="store_true", help="larger than memory: weights and signals stay in files next to --save")
     add("--prompt", default="If the", help="text for the models to continue (default: If the)")
     add("--save", metavar="DIR", type=Path, help="write the sliced model here")
     add("--report", metavar="FILE.json", type=Path, help="write the figures here")
@@ -1539,35 +1581,37 @@ def find_device(name: str | None) -> torch.device:
         return zero.device
 
 
-def read_inputs(args) -> argparse.Namespace:
-    """The options, completed; and what they ask for, but for the weights, so all else is checked before.
+def read_inputs(args):
+    """Completes the options that `add_inputs` names, and adds what they ask for, but for the weights.
 
-    Besides what `add_inputs` names: config, tokenizer, and as tokens calibration_tokens (None for a model that is
-    sliced already) and evaluation_tokens. dtype is as `load` takes it. Raises SliceGPTError.
+    It adds config, tokenizer, and as tokens, this process's share of them, calibration_tokens (None for a model that is
+    sliced already) and evaluation_tokens. dtype becomes what `load` takes. Raises SliceGPTError.
     """
-    it, text = argparse.Namespace(**vars(args)), "pydoc" if args.model == "demo" else "wikitext2"
-    it.device = find_device(args.device)
-    it.calibration, it.eval = args.calibration or text, args.eval or text
-    it.dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if it.device.type == "cpu" else "auto"
-    it.config, it.tokenizer, *_ = describe(args.model)
-    it.seqlen = args.seqlen or min(2048, positions(it.config))
-    it.calibration_tokens = None
-    if not hasattr(it.config, "slicegpt"):
-        it.calibration_tokens = tokenize(it.tokenizer, read_text(it.calibration, False), it.seqlen, it.samples, it.seed)
-        it.samples = len(it.calibration_tokens)
-        check_tokens(it.config, it.calibration_tokens)
-    it.evaluation_tokens = tokenize(it.tokenizer, read_text(it.eval, True), it.seqlen, it.eval_samples)
-    it.eval_samples = len(it.evaluation_tokens)
-    check_tokens(it.config, it.evaluation_tokens)
-    return it
+    text = "pydoc" if args.model == "demo" else "wikitext2"
+    args.device = find_device(args.device)
+    args.calibration, args.eval = args.calibration or text, args.eval or text
+    args.dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if args.device.type == "cpu" else "auto"
+    args.config, args.tokenizer, *_ = describe(args.model)
+    args.seqlen = args.seqlen or min(2048, positions(args.config))
+    args.calibration_tokens = None
+    if not hasattr(args.config, "slicegpt"):
+        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), args.seqlen, args.samples, args.seed)
+        check_tokens(args.config, tokens)
+        args.samples, args.calibration_tokens = len(tokens), share(tokens)
+    tokens = tokenize(args.tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
+    check_tokens(args.config, tokens)
+    args.eval_samples, args.evaluation_tokens = len(tokens), share(tokens)
 
 
-def prepare(args) -> argparse.Namespace:
-    """`read_inputs`, and what else follows from the options: the dimension d, tokens to fine-tune with, the work of
-    a stream, and the options that decide on its result. Raises SliceGPTError for options that cannot go together.
+def prepare(args):
+    """`read_inputs`, and what else can be known before the weights are read. Raises SliceGPTError.
+
+    It adds the dimension d (None where each signal has its own), and as tokens finetune_tokens.
     """
-    shared, by_variance = args.rotation == "shared" or bool(args.learn), args.discard_variance is not None
-    if shared and (args.head == "full" or by_variance or args.signal == "output"):
+    by_variance = args.discard_variance is not None
+    if args.learn:
+        args.rotation = "shared"
+    if args.rotation == "shared" and (args.head == "full" or by_variance or args.signal == "output"):
         raise SliceGPTError("one rotation has one dimension throughout, from the dense network: it goes with neither "
                             "--head full, --discard-variance nor --signal output")
     if args.stream and (not args.save or args.learn or dist.is_initialized()):
@@ -1580,122 +1624,116 @@ def prepare(args) -> argparse.Namespace:
     if args.finetune:
         optional("peft")
     if args.save:
-        unfinished(args.save).rmdir()  # if that fails, it should fail now
-    it = read_inputs(args)
-    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # likewise
-        it.config.save_pretrained(folder)
-        it.tokenizer.save_pretrained(folder)
-        complete(Path(folder), it.tokenizer.name_or_path)
+        unfinished(args.save).rmdir()
+    read_inputs(args)
+    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
+        args.config.save_pretrained(folder)
+        args.tokenizer.save_pretrained(folder)
+        complete(Path(folder), args.tokenizer.name_or_path)
     with failing(f"cannot continue the prompt {args.prompt!r}"):
-        check_tokens(it.config, torch.tensor(it.tokenizer(args.prompt).input_ids))
-    dense, it.rotation = it.calibration_tokens is not None, "shared" if shared else "block"
-    if dense and args.head == "tied" and not it.config.tie_word_embeddings:
-        raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
-    if not dense and (shared or by_variance or (args.sparsity, args.params, args.round_to, args.head, args.signal) !=
-                      (None, None, 8, "sliced", "input")):
-        raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
-    if dense:
-        check_sliceable(it.config, it.calibration_tokens, one_width=args.head != "full" and not by_variance)
-        D, it.d = it.config.hidden_size, None
+        check_tokens(args.config, torch.tensor(args.tokenizer(args.prompt).input_ids))
+    args.d = None
+    if args.calibration_tokens is None:
+        asked = (args.sparsity, args.params, args.discard_variance, args.round_to, args.head, args.signal, args.rotation)
+        if asked != (None, None, None, 8, "sliced", "input", "block"):
+            raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
+    else:
+        if args.head == "tied" and not args.config.tie_word_embeddings:
+            raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
+        check_width(args.config, args.head != "full" and not by_variance)
         if args.params is not None:
-            it.d = dimension_for(it.config, args.params, it.round_to, it.rotation, args.head)
+            args.d = dimension_for(args.config, args.params, args.round_to, args.rotation, args.head)
         elif not by_variance:
-            it.d = sliced_dimension(D, 0.25 if args.sparsity is None else args.sparsity, it.round_to)
-        it.sparsity = it.d and 1 - it.d / D
-    if args.stream:
-        it.work = args.save.resolve()
-        it.work = it.work / ".unfinished" if it.work.exists() else it.work.with_name(f".{it.work.name}.unfinished")
-        it.deciding = {name: str(getattr(it, name, None)) for name in (
-            "model", "samples", "seqlen", "batch_size", "seed", "dtype", "device", "rotation", "d",
-            "discard_variance", "round_to", "signal", "head")}
-        it.deciding["calibration"] = hashlib.sha256(it.calibration_tokens.numpy()).hexdigest() if dense else ""
-        it.deciding["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
-                                  for file in sorted(Path(args.model).glob("*.safetensors"))]
+            sparsity = 0.25 if args.sparsity is None else args.sparsity
+            args.d = sliced_dimension(args.config.hidden_size, sparsity, args.round_to)
+        args.sparsity = args.d and 1 - args.d / args.config.hidden_size
     if args.finetune:
-        it.finetune_tokens = tokenize(it.tokenizer, read_text(it.calibration, False),
-                                      min(1024, positions(it.config)), args.finetune, args.seed)
-        it.finetune = len(it.finetune_tokens)
-    return it
+        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), min(1024, positions(args.config)),
+                          args.finetune, args.seed)
+        args.finetune, args.finetune_tokens = len(tokens), share(tokens, even=True)
 
 
 def run(args):
-    """The program: load, measure, slice, measure again, fine-tune, measure again, print, save."""
-    it, figures, why, failure = prepare(args), {}, "it was sliced before", None
-    model, _ = load(it.model, "auto" if it.stream else it.dtype)
-
-    def measure(name: str):
-        D = model.config.hidden_size
-        widths = sorted(set(getattr(model.config, "slicegpt", {}).get("dimensions", [D, D])[:-1]))  # but the head's
-        column = {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
-                  "parameters": parameters(model)}
-        with placed(model, it.device):
-            figures[name] = column | {"perplexity": perplexity(model, it.evaluation_tokens, device=it.device),
-                                      "text": generate(model, it.tokenizer, it.prompt, it.device)}
-
-    with larger_than_memory(it.work, it.deciding) if it.stream else contextlib.nullcontext():
-        for parameter in model.parameters():
-            if it.stream and it.dtype not in ("auto", parameter.dtype):
-                parameter.data = stored(parameter, like=torch.empty(0, dtype=it.dtype))
-        if it.calibration_tokens is not None:
-            measure("dense")
-            start = time.perf_counter()
-            model, why = slice_as_asked(it, model)
-            it.slice_seconds = time.perf_counter() - start
+    """The program: load, measure, slice, measure again, fine-tune, measure again, save, print."""
+    prepare(args)
+    model, _ = load(args.model, "auto" if args.stream else args.dtype)
+    figures, why = {}, "it was sliced before"
+    with stream(args, model) if args.stream else contextlib.nullcontext():
+        if args.calibration_tokens is not None:
+            figures["dense"] = measure(args, model)
+            model, why = slice_as_asked(args, model)
         try:
-            measure("sliced")
-            if it.finetune:
-                finetune(model.to(it.device), it.finetune_tokens, seed=it.seed)
-                measure("finetuned")
-        except Exception as error:  # whatever it is, what has been sliced is saved
-            failure = error
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            if it.save:
-                save(model, it.tokenizer, it.save)
-            report(it, figures)
-            if it.save:
-                kind = f"an ordinary {model.config.model_type} model" + limits(model.config)
-                if architecture(model.config).zero_mean:
-                    kind += f", with {model.config.hidden_size - 1} directions in {model.config.hidden_size} dimensions"
-                print(f"\nsaved to {it.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else kind))
-    if failure:
-        raise failure
+            figures["sliced"] = measure(args, model)
+            if args.finetune:
+                finetune(model.to(args.device), args.finetune_tokens, seed=args.seed)
+                figures["finetuned"] = measure(args, model)
+        finally:  # whatever fails, what has been sliced is saved
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                if args.save:
+                    save(model, args.tokenizer, args.save)
+                report(args, figures)
+                if args.save:
+                    print(f"\nsaved to {args.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else
+                                                         f"an ordinary {model.config.model_type} model"))
 
 
-def slice_as_asked(it, model) -> tuple[PreTrainedModel, str]:
+@contextlib.contextmanager
+def stream(args, model):
+    """`larger_than_memory`, in files where --save will be."""
+    with larger_than_memory(args.save.resolve() if args.save.exists() else args.save.resolve().parent):
+        for parameter in model.parameters():
+            if args.dtype not in ("auto", parameter.dtype):
+                parameter.data = stored(parameter, like=torch.empty(0, dtype=args.dtype))
+        yield
+
+
+def measure(args, model) -> dict:
+    """A column of figures of a model: its dimensions (but the head's), parameters, perplexity, and what it writes."""
+    D = model.config.hidden_size
+    widths = sorted(set(getattr(model.config, "slicegpt", {}).get("dimensions", [D, D])[:-1]))
+    with placed(model, args.device):
+        return {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
+                "parameters": parameters(model),
+                "perplexity": perplexity(model, args.evaluation_tokens, device=args.device),
+                "text": generate(model, args.tokenizer, args.prompt, args.device)}
+
+
+def slice_as_asked(args, model) -> tuple[PreTrainedModel, str]:
     """Slices by the paper's method or one beyond it. Returns what `standard` makes of the sliced model."""
-    where = {"batch_size": it.batch_size, "device": it.device}
-    if it.rotation == "block":
-        slice_model(model, it.calibration_tokens, it.sparsity or 0, discard_variance=it.discard_variance, **where,
-                    round_to=it.round_to, signal=it.signal, head="full" if it.head == "full" else "sliced")
+    where, start = {"batch_size": args.batch_size, "device": args.device}, time.perf_counter()
+    if args.rotation == "block":
+        slice_model(model, args.calibration_tokens, args.sparsity or 0, discard_variance=args.discard_variance, **where,
+                    round_to=args.round_to, signal=args.signal, head="full" if args.head == "full" else "sliced")
     else:
-        zero_mean = architecture(model.config).zero_mean and it.head != "tied"
-        Q = shared_rotation(model, it.calibration_tokens, **where)[:, :it.d - zero_mean]
-        if it.learn:
-            Q = learn_rotation(model.to(it.device), it.calibration_tokens, Q, it.learn, seed=it.seed)
-        rotate(model, mean_free(Q) if zero_mean else Q, it.device)
-    if it.head == "tied":
-        tie_head(model, it.calibration_tokens)
-    return standard(model)
+        Q = shared_rotation(model, args.calibration_tokens, **where)[:, :directions(args.config, args.d, args.head)]
+        if args.learn:
+            Q = learn_rotation(model.to(args.device), args.calibration_tokens, Q, args.learn, seed=args.seed)
+        rotate(model, Q, args.device)
+    if args.head == "tied":
+        tie_head(model, args.calibration_tokens)
+    result = standard(model)
+    args.slice_seconds = time.perf_counter() - start
+    return result
 
 
-def report(it, figures: dict):
+def report(args, figures: dict):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    internal = ("tokens", "config", "tokenizer", "deciding")
-    values = {name: value for name, value in vars(it).items() if not name.endswith(internal)}
+    internal = ("tokens", "config", "tokenizer")
+    values = {name: value for name, value in vars(args).items() if not name.endswith(internal)}
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
-    values |= {"dimension": it.config.hidden_size, "peak_memory_bytes": peak_memory(it.device)}
-    print(f"\n{it.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
+    values |= {"dimension": args.config.hidden_size, "peak_memory_bytes": peak_memory(args.device)}
+    print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
-    print(f"  perplexity on {it.eval_samples} x {it.seqlen} tokens of {it.eval}")
+    print(f"  perplexity on {args.eval_samples} x {args.seqlen} tokens of {args.eval}")
     if "dense" in figures:
-        print(f"  sliced in {it.slice_seconds:.1f} s, by {it.samples} x {it.seqlen} tokens of {it.calibration}")
+        print(f"  sliced in {args.slice_seconds:.1f} s, by {args.samples} x {args.seqlen} tokens of {args.calibration}")
     print(f"  peak memory {values['peak_memory_bytes'] / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
-    if it.report:
-        with failing(f"cannot save to {it.report}"):
-            it.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    if args.report:
+        with failing(f"cannot save to {args.report}"):
+            args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def fits(model, device) -> bool:
