@@ -667,7 +667,8 @@ def main(argv=None) -> int:
     rows, title = [], "measured before it ended:"
     try:
         for path in filter(None, (args.json, getattr(args, "plot", None))):
-            slicegpt.check_writable(path)
+            with slicegpt.failing(f"cannot write {path}"):
+                open(path, "a").close()
         if getattr(args, "plot", None):
             slicegpt.optional("matplotlib").use("Agg")
             kinds = slicegpt.optional("matplotlib.pyplot").figure().canvas.get_supported_filetypes()

@@ -191,15 +191,16 @@ def fuse(model):
 
 
 def fuse_stage(stage, D: int):
-    """Figure 3 for one stage: its W_in get alpha and beta, its W_out get M, and its norm, or norms, lose their scale."""
+    """Figure 3 for one stage: alpha and beta go to its W_in, M to its W_out, and its norms lose their scale."""
+    norms = {block.norm: stage.layer.get_submodule(block.norm) for block in stage.blocks}
     for block in stage.blocks:
-        norm = stage.layer.get_submodule(block.norm)
-        for W_in in stage.readers_of(block):
-            fuse_reader(norm, W_in, stage.norm_offset)
-        for W_out in stage.writers_of(block):
-            fuse_writer(norm, W_out)
-    for path in {block.norm for block in stage.blocks}:
-        stage.layer.set_submodule(path, without_scale(stage.layer.get_submodule(path), D))
+        one = replace(stage, blocks=(block,))  # parallel blocks may have a norm each
+        for W_in in one.readers:
+            fuse_reader(norms[block.norm], W_in, stage.norm_offset)
+        for W_out in one.writers:
+            fuse_writer(norms[block.norm], W_out)
+    for path, norm in norms.items():
+        stage.layer.set_submodule(path, without_scale(norm, D))
 
 
 def fuse_reader(norm, module, offset: float):
@@ -344,16 +345,16 @@ def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int =
 
 # ---- Where an architecture keeps its parts --------------------------------------------------------------------------
 #
-# To add a family, give it a row in ARCHITECTURES, and TestFamily in the tests what its config needs; `check_row` refuses
-# a row that is wrong. The accessors behind the table are all that the sections above know of Hugging Face's modules.
+# To add a family, give it a row in ARCHITECTURES; `check_row` refuses a wrong one. The functions behind the table are
+# all that the rest of this file knows of the modules of Hugging Face's models.
 
 @dataclass(frozen=True)
 class Block:
-    """One attention or one FFN, as paths in its layer. Several paths are separated by spaces.
+    """One attention or one FFN, as paths in its layer; several are separated by spaces.
 
-    norm: in front of it. modules: compute Z from the norm's output, one after the other. W_in, W_out: the matrices that
-    read that output, and those that write Z; a path with a ? is used where the layer has it. attention: is it one, so
-    that its module takes masks, positions and caches, and returns more than Z?
+    The norm in front of it; the modules that compute Z from the norm's output, one after the other; all matrices W_in
+    and all W_out (experts have several), where a path with a ? is used if the layer has it; whether it is attention,
+    whose module takes masks, positions and caches, too, and returns more than Z.
     """
     norm: str
     modules: str
@@ -363,87 +364,17 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The way from one signal to the next: the blocks of a layer that read the same signal, and add to it.
-
-    layer, number: the layer and its place in the model. blocks: one, or both of a parallel layer. shortcut_name: of the
-    layer's parameter that holds the shortcut, made by `rotate`. norm_offset: see Architecture. multiplier: of Z, which
-    Granite has. args, kwargs: what else the layer is called with, where that is known beforehand (see `embed`).
-    """
-    layer: nn.Module
-    number: int
-    blocks: tuple[Block, ...]
-    shortcut_name: str
-    norm_offset: float
-    multiplier: float
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
-
-    def __call__(self, X: Tensor, *args, **kwargs) -> Tensor:
-        """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
-        normalised = {path: self.layer.get_submodule(path)(X) for path in {block.norm for block in self.blocks}}
-        Z_of_blocks = []
-        for block in self.blocks:
-            Z = normalised[block.norm]
-            for module in submodules(self.layer, block.modules):
-                Z = module(Z, *self.args, *args, **self.kwargs, **kwargs) if block.attention else module(Z)
-                Z = Z[0] if isinstance(Z, tuple) else Z
-            Z_of_blocks.append(Z)
-        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])
-
-    def __str__(self):
-        return f"layer {self.number}, {self.blocks[0].modules}"
-
-    def readers_of(self, block: Block) -> list:
-        return submodules(self.layer, block.W_in)
-
-    def writers_of(self, block: Block) -> list:
-        return submodules(self.layer, block.W_out)
-
-    @property
-    def readers(self) -> list:
-        return [W_in for block in self.blocks for W_in in self.readers_of(block)]
-
-    @property
-    def writers(self) -> list:
-        return [W_out for block in self.blocks for W_out in self.writers_of(block)]
-
-    @property
-    def shortcut(self) -> Tensor | None:
-        return getattr(self.layer, self.shortcut_name, None)
-
-    def set_shortcut(self, S: Tensor):
-        setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=self.writers[0].weight)))
-
-    def on(self, device: torch.device):
-        """This stage, with its layer and its args on the device; the layer is a copy if it was elsewhere."""
-        args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, (self.args, self.kwargs))
-        layer = self.layer
-        if self.writers[0].weight.device != device:
-            there = {id(W): nn.Parameter(W.detach().to(device)) for W in layer.parameters()}
-            there |= {id(b): b.to(device) for b in layer.buffers()}
-            layer = copy.deepcopy(layer, there)  # with these as its tensors
-        return replace(self, layer=layer, args=args, kwargs=kwargs)
-
-
-@dataclass(frozen=True)
 class Architecture:
-    """Paths in a model: all embeddings that add into X, the layers, the last norm; and the blocks of a layer.
-
-    parallel: do both blocks read the same signal? (A config's use_parallel_residual overrides this.) norm_offset: is
-    added to the weight of a norm to give alpha. one_width: does the model's own forward pass, or a module of a mixture
-    of experts, take the signal to be as wide behind it as in front? zero_mean: has it LayerNorms, and heads that need
-    not add up to its hidden size? Such a slice can be a model of its own class, see `standard`.
-    """
+    """Paths in a model: all embeddings that add up to the first signal, the layers, the last norm; a layer's blocks."""
     embeddings: str
     layers: str
     norm: str
     attention: Block
     ffn: Block
-    parallel: bool = False
-    norm_offset: float = 0.0
-    one_width: bool = False
-    zero_mean: bool = False
+    parallel: bool = False  # both blocks read the same signal (a config's use_parallel_residual goes before this)
+    norm_offset: float = 0.0  # added to a norm's weight to give alpha
+    one_width: bool = False  # some code of the model takes all its signals to be equally wide
+    zero_mean: bool = False  # it has LayerNorms, and its heads need not add up to its hidden size: see `standard`
 
 
 LLAMA = Architecture(
@@ -539,17 +470,68 @@ def architecture(config) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def layers(model) -> nn.ModuleList:
-    return model.get_submodule(architecture(model.config).layers)
+@dataclass(frozen=True)
+class Stage:
+    """The way from one signal to the next: the block of a layer, or the parallel blocks, that read the first of them.
 
+    Its layer, and the number of that; its blocks; the name of the layer's parameter for the shortcut, which `rotate`
+    makes; the norms' offset; a factor of Z, which Granite has; what else the layer is called with, if that is known.
+    """
+    layer: nn.Module
+    number: int
+    blocks: tuple[Block, ...]
+    shortcut_name: str
+    norm_offset: float
+    multiplier: float
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
 
-def embeddings(model) -> list:
-    """W_embd: the modules whose outputs add up to the first signal."""
-    return submodules(model, architecture(model.config).embeddings)
+    def __call__(self, X: Tensor, *args, **kwargs) -> Tensor:
+        """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
+        normalised = {path: self.layer.get_submodule(path)(X) for path in {block.norm for block in self.blocks}}
+        summands = []
+        for block in self.blocks:
+            Z = normalised[block.norm]
+            for module in submodules(self.layer, block.modules):
+                Z = module(Z, *self.args, *args, **self.kwargs, **kwargs) if block.attention else module(Z)
+                Z = Z[0] if isinstance(Z, tuple) else Z
+            summands.append(Z)
+        return self.multiplier * sum(summands[1:], summands[0])
+
+    def __str__(self):
+        return f"layer {self.number}, {self.blocks[0].modules}"
+
+    @property
+    def readers(self) -> list:
+        """All W_in."""
+        return [W_in for block in self.blocks for W_in in submodules(self.layer, block.W_in)]
+
+    @property
+    def writers(self) -> list:
+        """All W_out."""
+        return [W_out for block in self.blocks for W_out in submodules(self.layer, block.W_out)]
+
+    @property
+    def shortcut(self) -> Tensor | None:
+        return getattr(self.layer, self.shortcut_name, None)
+
+    def set_shortcut(self, S: Tensor):
+        setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=self.writers[0].weight)))
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None):
+        """This stage with its layer and args on the device, and in the dtype if one is given; a copy if need be."""
+        def moved(a):
+            return a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
+
+        layer, (args, kwargs) = self.layer, tree_map(moved, (self.args, self.kwargs))
+        if dtype or self.writers[0].weight.device != device:
+            tensors = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in layer.parameters()}
+            layer = copy.deepcopy(layer, tensors | {id(b): moved(b) for b in layer.buffers()})  # with these tensors
+        return replace(self, layer=layer, args=args, kwargs=kwargs)
 
 
 def stages_by_layer(model) -> list[list[Stage]]:
-    """For each layer: attention, then FFN; or both in one stage, if they are parallel."""
+    """For each layer: attention, then FFN; or one stage with both, if they are parallel."""
     parts = architecture(model.config)
     of_layer = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
     if getattr(model.config, "use_parallel_residual", parts.parallel):
@@ -561,6 +543,15 @@ def stages_by_layer(model) -> list[list[Stage]]:
 def stages(model) -> list[Stage]:
     """All stages, in the order in which the signal meets them."""
     return [stage for of_layer in stages_by_layer(model) for stage in of_layer]
+
+
+def layers(model) -> nn.ModuleList:
+    return model.get_submodule(architecture(model.config).layers)
+
+
+def embeddings(model) -> list:
+    """All W_embd."""
+    return submodules(model, architecture(model.config).embeddings)
 
 
 def submodules(module, paths: str) -> list:
@@ -654,16 +645,13 @@ def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stag
         calls.append((X, args, kwargs))
         return X
 
-    def first_signal(tokens):
-        calls.clear()
-        model.base_model(tokens.to(model.device), use_cache=False)
-        return calls[0][0]
-
+    X = allocate((*tokens.shape, model.config.hidden_size), model.dtype)
     with layers_do(record, model):
-        X = allocate((*tokens.shape, model.config.hidden_size), model.dtype)
-        for x, batch in zip(X.split(batch_size), tokens.split(batch_size)):
-            x.copy_(first_signal(batch))
-        first_signal(tokens[:1])
+        batches = [*zip(X.split(batch_size), tokens.split(batch_size)), (X[:1], tokens[:1])]  # the last is for the args
+        for x, batch in batches:
+            calls.clear()
+            model.base_model(batch.to(model.device), use_cache=False)
+            x.copy_(calls[0][0])
     return X, [replace(stage, args=calls[stage.number][1], kwargs=calls[stage.number][2]) for stage in stages(model)]
 
 
@@ -676,9 +664,9 @@ def rotating(model, Q, device):
     (see `check_row`) if an error has left it half rotated.
     """
     shape, widths = model.config.slicegpt, []
-    shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
     if shape.get("tied"):  # beyond the paper, see `tie_head`
         raise SliceGPTError("its head is tied to its embedding, which can be rotated before that only")
+    shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
     Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
 
     def hand_out():
@@ -689,7 +677,7 @@ def rotating(model, Q, device):
             check_width(model.config, len(widths) < len(shape["dimensions"]) or widths[0] == widths[-1])
             yield Q.to(device or model.device, torch.float64)
 
-    if not isinstance(Qs, Iterator):  # all that is there already is checked before anything is rotated
+    if not isinstance(Qs, Iterator):  # what is there already is checked before anything is rotated
         widths = [0 for _ in hand_out()][:0]
     del model.config.slicegpt
     yield hand_out(), shortcuts
@@ -722,37 +710,32 @@ def check_row(model):
         raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
     if any(isinstance(module, RMSNorm) for module in model.modules()):
         raise SliceGPTError("an error left it half fused or half rotated: load it again")
-    parts, D = architecture(model.config), model.config.hidden_size
+    D, norm = model.config.hidden_size, model.get_submodule(architecture(model.config).norm)
     if model.device.type == "meta":  # without values
         return
-    norm, read, training = model.get_submodule(parts.norm), [], model.training
+    dtype, training, read = torch.promote_types(model.dtype, torch.float32), model.training, []
     tokens = torch.randint(model.config.vocab_size, (1, min(16, positions(model.config))),
                            generator=torch.Generator().manual_seed(0))
     X, todo = embed(model.eval(), tokens)
-    with layers_do(lambda _, X, *args, **kwargs: X, model), model.get_output_embeddings().register_forward_pre_hook(
+    head = model.get_output_embeddings()
+    with layers_do(lambda _, X, *args, **kwargs: X, model), head.register_forward_pre_hook(
             lambda _, inputs: read.append(inputs[0])):
         model(tokens.to(model.device), use_cache=False)
-    model.train(training)
     right = F.cosine_similarity(norm(X.to(model.device)).double(), read[0].double(), dim=-1).median() > 0.99
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    X = X.to(dtype)
-    X = X - X.mean(-1, True) if subtracts_mean(norm) else X
+    X = X.to(dtype) - (X.to(dtype).mean(-1, True) if subtracts_mean(norm) else 0)
     for _, of_layer in itertools.groupby(todo, attrgetter("number")):
-        of_layer = list(of_layer)
-        layer = copy.deepcopy(of_layer[0].layer).to(dtype).eval()
-        x, args, kwargs = tree_map(lambda a: a.to(next(layer.parameters()).device, dtype if a.is_floating_point() else
-                                                  None) if isinstance(a, Tensor) else a,
-                                   (X, of_layer[0].args, of_layer[0].kwargs))
-        expected, found = layer(x, *args, **kwargs), x
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        for stage in of_layer:
-            stage = replace(stage, layer=layer, args=args, kwargs=kwargs)
-            fuse_stage(stage, D)
-            found = found + stage(found)
-        difference = found - expected
-        if subtracts_mean(norm):
-            difference = difference - difference.mean(-1, True)
-        right = right and difference.norm(dim=-1).median() <= 1e-3 * (expected - x).norm(dim=-1).median()
+        expected = None
+        for twin in (stage.on(stage.writers[0].weight.device, dtype) for stage in of_layer):
+            if expected is None:
+                found = X = X.to(twin.writers[0].weight.device)
+                expected = twin.layer(X, *twin.args, **twin.kwargs)
+                expected = expected[0] if isinstance(expected, tuple) else expected
+            fuse_stage(twin, D)
+            found = found + twin(found)
+        error = found - expected
+        error = error - (error.mean(-1, True) if subtracts_mean(norm) else 0)
+        right = right and error.norm(dim=-1).median() <= 1e-3 * (expected - X).norm(dim=-1).median()
+    model.train(training)
     if not right:
         raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
 
@@ -1231,15 +1214,25 @@ FOLDER: ContextVar[Path | None] = ContextVar("where `larger_than_memory` has its
 
 
 @contextlib.contextmanager
-def larger_than_memory(folder: Path):
-    """Inside, new weights and signals are in files in that folder; they have no names, and go when they are not used."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only: freed matrices go back to the system at once
+def larger_than_memory(path: Path):
+    """Inside, new weights and signals are in files in the directory `path`, or next to what is to become that.
+
+    The files have no names; they go with the tensors. On Linux, freed matrices go back to the system at once.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-    token = FOLDER.set(folder)
+    token = FOLDER.set(path if path.exists() else path.parent)
     try:
         yield
     finally:
         FOLDER.reset(token)
+
+
+def map_as(model, dtype):
+    """Within `larger_than_memory`: the model's weights in another dtype, in files, too."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.data = stored(parameter, like=torch.empty(0, dtype=dtype))
 
 
 def allocate(shape, dtype) -> Tensor:
@@ -1426,15 +1419,6 @@ def unfinished(path: Path) -> Path:
         return folder
 
 
-def check_writable(path: Path):
-    """Raises SliceGPTError if no file can be written there."""
-    with failing(f"cannot write {path}"):
-        there = path.exists()
-        open(path, "a").close()
-        if not there:
-            path.unlink()
-
-
 def complete(folder: Path, source: str):
     """Adds to a saved model what other programs read, and transformers 5 does not write.
 
@@ -1584,7 +1568,7 @@ def find_device(name: str | None) -> torch.device:
 def read_inputs(args):
     """Completes the options that `add_inputs` names, and adds what they ask for, but for the weights.
 
-    It adds config, tokenizer, and as tokens, this process's share of them, calibration_tokens (None for a model that is
+    That is config, tokenizer, and as tokens, this process's share of them, calibration_tokens (None for a model that is
     sliced already) and evaluation_tokens. dtype becomes what `load` takes. Raises SliceGPTError.
     """
     text = "pydoc" if args.model == "demo" else "wikitext2"
@@ -1604,53 +1588,52 @@ def read_inputs(args):
 
 
 def prepare(args):
-    """`read_inputs`, and what else can be known before the weights are read. Raises SliceGPTError.
+    """`read_inputs`, and all other checks that need no weights. Raises SliceGPTError.
 
-    It adds the dimension d (None where each signal has its own), and as tokens finetune_tokens.
+    It adds d, the sliced dimension (None where each signal has its own), and finetune_tokens.
     """
-    by_variance = args.discard_variance is not None
-    if args.learn:
-        args.rotation = "shared"
-    if args.rotation == "shared" and (args.head == "full" or by_variance or args.signal == "output"):
-        raise SliceGPTError("one rotation has one dimension throughout, from the dense network: it goes with neither "
-                            "--head full, --discard-variance nor --signal output")
-    if args.stream and (not args.save or args.learn or dist.is_initialized()):
-        raise SliceGPTError("--stream needs --save, and goes with neither --learn nor torchrun")
-    if args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")):
-        raise SliceGPTError("--stream needs .safetensors files, which can be mapped into memory, and "
-                            f"{args.model} has none")
-    if args.report:
-        check_writable(args.report)
+    read_inputs(args)
+    config, sliced, by_variance = args.config, args.calibration_tokens is None, args.discard_variance is not None
+    args.rotation = "shared" if args.learn else args.rotation
+    shared = args.rotation == "shared"
+    way = args.sparsity, args.params, args.discard_variance, args.round_to, args.head, args.signal, args.rotation
+    for wrong, message in (
+            (shared and (args.head == "full" or by_variance or args.signal == "output"),
+             "one rotation has one dimension throughout, from the dense network: it goes with neither --head full, "
+             "--discard-variance nor --signal output"),
+            (args.stream and (not args.save or args.learn or dist.is_initialized()),
+             "--stream needs --save, and goes with neither --learn nor torchrun"),
+            (args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")),
+             f"--stream needs .safetensors files, which can be mapped into memory, and {args.model} has none"),
+            (sliced and way != (None, None, None, 8, "sliced", "input", "block"),
+             f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"),
+            (not sliced and args.head == "tied" and not config.tie_word_embeddings,
+             "--head tied is for models whose head and embedding are one matrix")):
+        if wrong:
+            raise SliceGPTError(message)
+    check_width(config, sliced or args.head != "full" and not by_variance)
+    args.d = None
+    if args.params is not None:
+        args.d = dimension_for(config, args.params, args.round_to, args.rotation, args.head)
+    elif not sliced and not by_variance:
+        args.d = sliced_dimension(config.hidden_size, 0.25 if args.sparsity is None else args.sparsity, args.round_to)
+    args.sparsity = args.d and 1 - args.d / config.hidden_size
+    with failing(f"cannot continue the prompt {args.prompt!r}"):
+        check_tokens(config, torch.tensor(args.tokenizer(args.prompt).input_ids))
     if args.finetune:
         optional("peft")
-    if args.save:
-        unfinished(args.save).rmdir()
-    read_inputs(args)
-    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
-        args.config.save_pretrained(folder)
-        args.tokenizer.save_pretrained(folder)
-        complete(Path(folder), args.tokenizer.name_or_path)
-    with failing(f"cannot continue the prompt {args.prompt!r}"):
-        check_tokens(args.config, torch.tensor(args.tokenizer(args.prompt).input_ids))
-    args.d = None
-    if args.calibration_tokens is None:
-        asked = (args.sparsity, args.params, args.discard_variance, args.round_to, args.head, args.signal, args.rotation)
-        if asked != (None, None, None, 8, "sliced", "input", "block"):
-            raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
-    else:
-        if args.head == "tied" and not args.config.tie_word_embeddings:
-            raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
-        check_width(args.config, args.head != "full" and not by_variance)
-        if args.params is not None:
-            args.d = dimension_for(args.config, args.params, args.round_to, args.rotation, args.head)
-        elif not by_variance:
-            sparsity = 0.25 if args.sparsity is None else args.sparsity
-            args.d = sliced_dimension(args.config.hidden_size, sparsity, args.round_to)
-        args.sparsity = args.d and 1 - args.d / args.config.hidden_size
-    if args.finetune:
-        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), min(1024, positions(args.config)),
+        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), min(1024, positions(config)),
                           args.finetune, args.seed)
         args.finetune, args.finetune_tokens = len(tokens), share(tokens, even=True)
+    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # if so, it fails now
+        config.save_pretrained(folder)
+        args.tokenizer.save_pretrained(folder)
+        complete(Path(folder), args.tokenizer.name_or_path)
+    if args.save:
+        unfinished(args.save).rmdir()
+    if args.report:
+        with failing(f"cannot write {args.report}"):
+            open(args.report, "a").close()
 
 
 def run(args):
@@ -1658,7 +1641,9 @@ def run(args):
     prepare(args)
     model, _ = load(args.model, "auto" if args.stream else args.dtype)
     figures, why = {}, "it was sliced before"
-    with stream(args, model) if args.stream else contextlib.nullcontext():
+    with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
+        if args.stream and args.dtype != "auto":
+            map_as(model, args.dtype)
         if args.calibration_tokens is not None:
             figures["dense"] = measure(args, model)
             model, why = slice_as_asked(args, model)
@@ -1677,16 +1662,6 @@ def run(args):
                                                          f"an ordinary {model.config.model_type} model"))
 
 
-@contextlib.contextmanager
-def stream(args, model):
-    """`larger_than_memory`, in files where --save will be."""
-    with larger_than_memory(args.save.resolve() if args.save.exists() else args.save.resolve().parent):
-        for parameter in model.parameters():
-            if args.dtype not in ("auto", parameter.dtype):
-                parameter.data = stored(parameter, like=torch.empty(0, dtype=args.dtype))
-        yield
-
-
 def measure(args, model) -> dict:
     """A column of figures of a model: its dimensions (but the head's), parameters, perplexity, and what it writes."""
     D = model.config.hidden_size
@@ -1701,16 +1676,17 @@ def measure(args, model) -> dict:
 def slice_as_asked(args, model) -> tuple[PreTrainedModel, str]:
     """Slices by the paper's method or one beyond it. Returns what `standard` makes of the sliced model."""
     where, start = {"batch_size": args.batch_size, "device": args.device}, time.perf_counter()
+    tokens = args.calibration_tokens
     if args.rotation == "block":
-        slice_model(model, args.calibration_tokens, args.sparsity or 0, discard_variance=args.discard_variance, **where,
-                    round_to=args.round_to, signal=args.signal, head="full" if args.head == "full" else "sliced")
+        slice_model(model, tokens, args.sparsity or 0, discard_variance=args.discard_variance, round_to=args.round_to,
+                    signal=args.signal, head="full" if args.head == "full" else "sliced", **where)
     else:
-        Q = shared_rotation(model, args.calibration_tokens, **where)[:, :directions(args.config, args.d, args.head)]
+        Q = shared_rotation(model, tokens, **where)[:, :directions(args.config, args.d, args.head)]
         if args.learn:
-            Q = learn_rotation(model.to(args.device), args.calibration_tokens, Q, args.learn, seed=args.seed)
+            Q = learn_rotation(model.to(args.device), tokens, Q, args.learn, seed=args.seed)
         rotate(model, Q, args.device)
     if args.head == "tied":
-        tie_head(model, args.calibration_tokens)
+        tie_head(model, tokens)
     result = standard(model)
     args.slice_seconds = time.perf_counter() - start
     return result
@@ -1718,8 +1694,7 @@ def slice_as_asked(args, model) -> tuple[PreTrainedModel, str]:
 
 def report(args, figures: dict):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    internal = ("tokens", "config", "tokenizer")
-    values = {name: value for name, value in vars(args).items() if not name.endswith(internal)}
+    values = {name: value for name, value in vars(args).items() if not name.endswith(("tokens", "config", "tokenizer"))}
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
     values |= {"dimension": args.config.hidden_size, "peak_memory_bytes": peak_memory(args.device)}
     print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
@@ -1736,12 +1711,6 @@ def report(args, figures: dict):
             args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def fits(model, device) -> bool:
-    """Whether a model is on the accelerator, or there is room for 1.2 times its size."""
-    size = sum(weight.nbytes for weight in model.parameters())
-    return device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]
-
-
 @contextlib.contextmanager
 def placed(model, device):
     """The model on `device`, for good if it fits there; else its weights come and go as needed (accelerate)."""
@@ -1756,6 +1725,12 @@ def placed(model, device):
     finally:
         accelerate.hooks.remove_hook_from_submodules(model)
         model.tie_weights()  # on the way, a head that is tied became a parameter of its own
+
+
+def fits(model, device) -> bool:
+    """Whether a model is on the accelerator, or there is room for 1.2 times its size."""
+    size = sum(weight.nbytes for weight in model.parameters())
+    return device.type != "cuda" or model.device.type == "cuda" or 1.2 * size < torch.cuda.mem_get_info(device)[0]
 
 
 def peak_memory(device) -> int:
