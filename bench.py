@@ -606,7 +606,7 @@ def spectrum(args, rows):
     norm = model.get_submodule(parts.norm)  # fused, all norms are alike
     for stage, X in slicegpt.signals(model, inputs.calibration_tokens, args.batch_size, inputs.device):
         if stage is not None and parts.ffn in stage.blocks:
-            C = slicegpt.total_covariance(norm, X, stage, args.batch_size, inputs.device)
+            C = slicegpt.covariance_of(X, norm, stage, args.batch_size, inputs.device)
             eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
             left = eigenvalues.cumsum(0) / eigenvalues.sum()
             rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | {

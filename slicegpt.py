@@ -1,38 +1,44 @@
 """SliceGPT in one file: compress a language model by deleting rows and columns of its weights.
 
 Read it beside the paper: "SliceGPT: Compress Large Language Models by Deleting Rows and Columns" (Ashkboos, Croci,
-Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). In three sentences:
+Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). In three steps:
 
-1. RMSNorm commutes with an orthogonal matrix Q. So the signal between a transformer's blocks may be kept in any rotated
-   basis, if the weights that write it are multiplied by Q and those that read it by Q^T (Theorem 1).
-2. In the basis of its principal components (Eq. 8) the signal needs fewer than D numbers per token. So the last columns
-   of the matrices that write it, and the last rows of those that read it, can be deleted (Eq. 9).
-3. Each block has principal components of its own. So the residual connection is multiplied by a *shortcut* matrix,
-   which takes the signal from the basis of one block to that of the next (Figure 4).
+1. RMSNorm(X Q) Q^T = RMSNorm(X) for an orthogonal matrix Q (Eq. 2). So the signal between a transformer's blocks may
+   be kept in any rotated basis: the weights that write it are multiplied by Q, those that read it by Q^T (Theorem 1).
+2. In the basis of its principal components (Eq. 8), the signal is well approximated by its first d < D coordinates. So
+   the last columns of the matrices that write it, and the last rows of those that read it, are deleted (Eq. 9).
+3. Each block has its own principal components. So the residual connection is multiplied by a *shortcut* matrix, which
+   takes the signal from the basis of one block to the basis of the next (Figure 4).
 
-The paper's sections 2 and 3 come first, and end where the table of architectures begins: fuse a model (3.2), then rotate
-it by matrices Q that also slice it (3.1, 3.3, 3.4). Everything after the table is not needed to follow them: the
-experiments of section 4, what goes beyond the paper, and what a program needs (processes, files, the command line).
+The paper's sections 2 and 3 come first, up to the table of architectures: fuse a model (3.2), then rotate it (3.1) by
+matrices Q that also slice it (3.3, 3.4). Only `Stage`, right after the table, belongs to them, too: it knows which
+modules of a Hugging Face model are a block, and calls them. All the rest can wait: the experiments of section 4, what
+goes beyond the paper, and what a program needs (several processes, files, the command line).
 
-    D, d            dimension of the signal, embedding dimension: dense, and sliced                         2, 3.4
-    B, N, L         batch, sequence length, number of layers                                                2
-    X (.., N, D)    the signal: what one block writes and the next reads, a row per token                   2.1
-    Z (.., N, D)    what a block adds to the signal                                                         Algorithm 1
-    W_embd          the embeddings (V, D), of tokens and perhaps of positions: they write the first signal  2.1
-    W_in            all matrices of a block that read the signal (D, ..), such as W_q, W_k and W_v          2.1
-    W_out           the matrix of a block that writes to the signal (.., D)                                 2.1
-    W_head          the head (D, V): it reads the last signal                                               2.1
-    M               subtracts each row's mean, I - 1 1^T / D (D, D)                                         Eq. 1
-    Q (D, d)        orthogonal columns; with d < D it is the paper's Q times its deletion matrix D          3.1, Eq. 9
-    Q_in, Q_out     the Q of the signal that a block reads, and of the one behind it: Q_{l-1}, Q_l          Figure 4
-    C (D, D)        the covariance of a signal, whose eigenvectors are Q                                    Eq. 8
-    stage           the way from one signal to the next: a block, attention or FFN; or, in a parallel layer such as
-                    Phi-2's, both blocks at once. `stages(model)` lists them: 2 L of them, or L
+    name (shape)    what                                                                            in the paper
+    D, d            width of the signal: dense (the embedding dimension), and sliced                 2, 3.4
+    B, N, L, V      batch, sequence length, number of layers, size of the vocabulary                 2
+    X (B, N, D)     the signal: written by one block and read by the next, a row for each token      2.1
+    Z (B, N, D)     what a block adds to the signal                                                  Algorithm 1
+    W_embd (V, D)   an embedding, of tokens or of positions; together they write the first signal    2.1
+    W_in (D, ..)    a matrix of a block that reads the signal, such as W_q, W_k, W_v                 2.1
+    W_out (.., D)   the matrix of a block that writes to the signal                                  2.1
+    W_head (D, V)   the head, which reads the last signal                                            2.1
+    M (D, D)        I - 1 1^T / D, which subtracts each row's mean                                   Eq. 1
+    Q (D, d)        orthonormal columns; if d < D, it is the paper's Q times its deletion matrix     3.1, Eq. 9
+    Q_in, Q_out     the Q of the signal before a block, Q_{l-1}, and of the one after it, Q_l        Figure 4
+    S (d, d)        a shortcut, Q_in^T Q_out                                                         Figure 4
+    C (D, D)        the covariance of a signal; its eigenvectors are Q                               Eq. 8
+    stage           one step X <- X + Z: a block, attention or FFN; or both blocks of a parallel layer, such as Phi-2's
 
-As in the paper, W multiplies from the right. `matrix(linear)` gives it like that, in float64, although torch stores the
-transpose. What else the first part uses of the later ones stands in "Where an architecture keeps its parts" (`stages`,
-`embeddings`, `embed`, `architecture`, `matrix`, `set_matrix`, and checks) and in "Several processes" (`total`,
-`agreed`, which do nothing in a single process).
+A weight W multiplies from the right, as in the paper: `matrix(module)` gives it so, in float64, though torch stores the
+transpose. From Python, with transformers 5.24 or newer (calibration: int64 tokens (samples, N)):
+
+    model, tokenizer = load("facebook/opt-125m")
+    slice_model(model, calibration, sparsity=0.25)
+    save(model, tokenizer, "opt-125m-sliced")
+
+and as a program:
 
     python slicegpt.py                                              # a small model trained on the spot, no network
     python slicegpt.py --model facebook/opt-125m --sparsity 0.25    # WikiText-2, from the hub
@@ -43,7 +49,7 @@ import contextlib
 import copy
 import ctypes
 import glob
-import importlib
+import importlib  # for packages that only some uses need: transformers wants all that this file imports
 import itertools
 import json
 import logging
@@ -78,41 +84,40 @@ class SliceGPTError(ValueError):
     """An error that the user can fix, said in one line."""
 
 
-# a bar for what takes more than two seconds; where it cannot move, as in a log, it is seldom redrawn
+# a bar, after two seconds; at most every 20 s where the output is not a terminal
 progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
-# ---- 2.1 The network, and Figure 4: one layer of it, sliced ---------------------------------------------------------
+# ---- 2.1 The network ------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """sqrt(D) x / |x|, as x / sqrt(|x|^2 / D + eps): the norm of Eq. 1 and its sqrt(D), without a scale (see `fuse`).
+    """x / sqrt(|x|^2 / D + eps): Eq. 1's RMSNorm times sqrt(D); alpha and beta have moved into the weights (3.2).
 
-    D is the dense dimension, whatever the width d of X: deleted dimensions count as zeros.
+    D is the dense width, whatever the width d of X (.., d): deleted dimensions count as zeros.
     """
 
     def __init__(self, D: int, eps: float):
         super().__init__()
         self.D, self.eps = D, eps
 
-    def forward(self, X):  # (.., d)
-        # torch divides |x|^2 by d, not D; with s = d / D: |x|^2 / D + eps = s (|x|^2 / d + eps / s)
-        s = X.shape[-1] / self.D
-        return F.rms_norm(X, X.shape[-1:], eps=self.eps / s) / math.sqrt(s)
-
-    def extra_repr(self):
-        return f"D={self.D}, eps={self.eps}"
+    def forward(self, X):
+        # torch's own norm is fast, and sums in float32; it divides |x|^2 by d instead of D. With kept = d / D:
+        # |x|^2 / D + eps = kept (|x|^2 / d + eps / kept)
+        kept = X.shape[-1] / self.D
+        return F.rms_norm(X, X.shape[-1:], eps=self.eps / kept) / math.sqrt(kept)
 
 
-def sliced_layer(stages, X: Tensor, *args, **kwargs) -> Tensor:
-    """Figure 4: the forward pass of a layer with shortcuts, from X (B, N, d_in) to (B, N, d_out).
+def sliced_layer(stages_of_layer: list, X: Tensor, *args, **kwargs) -> Tensor:
+    """Algorithm 1 for one layer with shortcuts (Figure 4, section 3.3): X (B, N, d_in) to (B, N, d_out).
 
-    Hugging Face's attention and FFN compute Z, which is what they do in the dense layer; only the sum is new. Dropout
-    on Z is left out: it zeroes single coordinates, and that does not commute with a rotation. args and kwargs: what
-    Hugging Face gives a layer besides X (masks, positions, caches).
+    It replaces the forward pass of Hugging Face's layer, whose own modules compute Z. args and kwargs: what the layer
+    gets besides X, such as masks and positions. In real models X itself is not normalised: the norm of Algorithm 1,
+    line 5, stands in line 4, in front of W_in. Dropout on Z is left out: it zeroes single coordinates, which does not
+    commute with a rotation.
     """
-    for stage in stages:  # attention, then the FFN
-        Z = stage(X, *args, **kwargs)  # Algorithm 1, line 4: sigma(RMSNorm(X) W_in + b_in) W_out + b_out
-        X = X @ stage.shortcut + Z  # line 5; the shortcut is Q_in^T Q_out (d_in, d_out)
+    for stage in stages_of_layer:  # attention, then the FFN; or one stage with both
+        Z = stage(X, *args, **kwargs)  # line 4: sigma(RMSNorm(X) W_in + b_in) W_out + b_out
+        X = X @ stage.shortcut + Z  # line 5, where S takes X to the basis of Z
     return X
 
 
@@ -120,44 +125,49 @@ def sliced_layer(stages, X: Tensor, *args, **kwargs) -> Tensor:
 
 @torch.no_grad()
 def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
-    """Theorem 1 and Figure 4: rotates the signal, in place. If Q is orthogonal, the network's outputs do not change.
+    """Theorem 1 and Figure 4: rotates the signal, in place. If Q is orthogonal, the model's outputs do not change.
 
-    Q: one matrix (D, D) for the whole network (Theorem 1); or one for the embedding and one for the signal behind every
-    stage (Figure 4, with shortcuts), 1 + 2L of L sequential layers, 1 + L of parallel ones. Matrices with fewer columns
-    slice (Eq. 9). An iterable is asked for a Q only when it is needed, and no stage has changed before the Q behind it
-    is there: so it may compute Q by running the stage. A model that is rotated already is rotated further. device: where
-    to compute, in float64; by default where the model is. Fuses the model first if need be. Raises SliceGPTError for a
-    wrong number or shape of matrices. After an error in the middle the model has to be loaded again.
+    Q: one matrix (D, D) for all signals (Theorem 1), or one for each signal: the embedding's, then the one after every
+    stage (Figure 4). Matrices with fewer columns slice (Eq. 9). device: where to compute, in float64; by default where
+    the model is. Fuses the model if need be; a rotated model is rotated further. Raises SliceGPTError for a wrong
+    number or shape of matrices.
+
+    If Q is an iterator, a matrix is taken when it is needed, so that two of them exist at a time. A stage has its old
+    weights until the Q after it is there. After an error halfway, load the model again.
     """
     fuse(model)
-    with rotating(model, Q, device) as (Qs, with_shortcuts):  # hands out each Q in float64, and notes the new shape
-        Q_in = next(Qs)  # (D, d)
-        for embedding in embeddings(model):
-            rotate_writer(embedding, Q_in)  # Eq. 3
-        for stage, Q_out in zip(stages(model), Qs):
-            for W_in in stage.readers:
-                rotate_reader(W_in, Q_in)  # Eq. 4
-            for W_out in stage.writers:
-                rotate_writer(W_out, Q_out)  # Eq. 5, 6
-            if with_shortcuts:
-                rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
-            Q_in = Q_out
-        rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
+    shape, Qs = rotations(model, Q, device)  # one for each signal, in float64; the model has no shape until it ends
+    Q_in = next(Qs)  # (D, d)
+    widths = [Q_in.shape[1]]
+    for W_embd in embeddings(model):
+        rotate_writer(W_embd, Q_in)  # Eq. 3
+    for stage in stages(model):
+        Q_out = next(Qs)
+        for W_in in stage.readers:
+            rotate_reader(W_in, Q_in)  # Eq. 4
+        for W_out in stage.writers:
+            rotate_writer(W_out, Q_out)  # Eq. 5, 6
+        if shape["shortcuts"]:
+            rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
+        Q_in = Q_out
+        widths.append(Q_out.shape[1])
+    rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
+    note_shape(model, shape | {"dimensions": widths})
 
 
 def rotate_writer(module, Q: Tensor):
-    """Eq. 3, 5 and 6: W_embd <- W_embd Q; W_out <- W_out Q, b_out <- Q^T b_out."""
+    """Eq. 3, 5 and 6: W_embd <- W_embd Q; W_out <- W_out Q, b_out <- Q^T b_out, which for a row is b_out Q."""
     b = getattr(module, "bias", None)
     set_matrix(module, matrix(module).to(Q) @ Q, None if b is None else b.to(Q) @ Q)
 
 
 def rotate_reader(module, Q: Tensor):
     """Eq. 4 and 7: W_in <- Q^T W_in; W_head <- Q^T W_head; b_in and b_head stay."""
-    set_matrix(module, Q.T @ matrix(module).to(Q), getattr(module, "bias", None))
+    set_matrix(module, Q.T @ matrix(module).to(Q))
 
 
 def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
-    """Figure 4: the shortcut of a stage becomes Q_in^T S Q_out (d_in, d_out); S is the one it had, at first I."""
+    """Figure 4: S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity."""
     S = stage.shortcut
     stage.set_shortcut(Q_in.T @ (Q_out if S is None else S.to(Q_out) @ Q_out))
 
@@ -168,139 +178,137 @@ def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
 def fuse(model):
     """Section 3.2, Figure 3: turns every norm into an RMSNorm without scale, in place. The outputs do not change.
 
-    By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T. So what is linear in it moves to the matrices
-    next to it: diag(alpha) and beta to those that read the norm, the last norm's to the head; M to all that write the
-    signal. (Hugging Face's RMSNorms have an alpha only, and subtract no mean.) A head that shares the matrix of the
-    embedding gets one of its own, as the two now differ. Arithmetic is in float64. A model that is fused stays as it
-    is. The model's class becomes one that knows its shape: it is in `config.slicegpt`, see `SlicedForCausalLM`. Raises
-    SliceGPTError, before anything changes, if this file cannot slice such a model.
+    By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T. What is linear in it moves to its neighbours:
+    diag(alpha) and beta into the W_in after the norm, or into the head after the last norm; M into everything that
+    writes the signal. Hugging Face's RMSNorms have an alpha only. A head that shares the embedding's matrix gets one of
+    its own, as the two now differ. Arithmetic is in float64. A fused model stays as it is. Raises SliceGPTError, before
+    anything changes, if this file cannot slice such a model.
     """
-    if hasattr(model.config, "slicegpt"):
+    if hasattr(model.config, "slicegpt"):  # then it is fused
         return
-    check_row(model)  # raises if a layer computes something else than its row in the table says
-    parts, D, head = architecture(model.config), model.config.hidden_size, model.get_output_embeddings()
-    last_norm = model.get_submodule(parts.norm)
-    head.weight = nn.Parameter(head.weight.detach())  # no longer the embedding's, if it was
-    for embedding in embeddings(model):
-        fuse_writer(last_norm, embedding)
+    become_sliced(model)  # or raises; the model's class and config change, and its head gets a matrix of its own
+    parts, D = architecture(model.config), model.config.hidden_size
+    norm = model.get_submodule(parts.norm)
+    for W_embd in embeddings(model):
+        fuse_writer(W_embd, norm)  # all norms of a model are of one kind
     for stage in stages(model):
         fuse_stage(stage, D)
-    fuse_reader(last_norm, head, parts.norm_offset)
-    model.set_submodule(parts.norm, without_scale(last_norm, D))
-    become_sliced(model)
+    fuse_reader(model.get_output_embeddings(), norm, parts.norm_offset)
+    model.set_submodule(parts.norm, without_scale(norm, D))
+    note_shape(model, {"dimensions": [D] * (1 + len(stages(model))), "shortcuts": False})
 
 
 def fuse_stage(stage, D: int):
-    """Figure 3 for one stage: alpha and beta go to its W_in, M to its W_out, and its norms lose their scale."""
-    norms = {block.norm: stage.layer.get_submodule(block.norm) for block in stage.blocks}
-    for block in stage.blocks:
-        one = replace(stage, blocks=(block,))  # parallel blocks may have a norm each
-        for W_in in one.readers:
-            fuse_reader(norms[block.norm], W_in, stage.norm_offset)
-        for W_out in one.writers:
-            fuse_writer(norms[block.norm], W_out)
-    for path, norm in norms.items():
-        stage.layer.set_submodule(path, without_scale(norm, D))
+    """Figure 3 for one stage: its norm, or the norm of each of its parallel blocks, keeps no scale."""
+    for block, norm in stage.norms():
+        stage.layer.set_submodule(block.norm, without_scale(norm, D))  # first, so that an interruption is seen
+        for W_in in stage.readers_of(block):
+            fuse_reader(W_in, norm, stage.norm_offset)
+        for W_out in stage.writers_of(block):
+            fuse_writer(W_out, norm)
 
 
-def fuse_reader(norm, module, offset: float):
-    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in; alpha (D,) is the norm's weight plus its family's offset."""
-    alpha, beta = getattr(norm, "weight", None), getattr(norm, "bias", None)
+def fuse_reader(module, norm, offset: float):
+    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in (of the old W_in). alpha is the norm's weight + offset."""
     W, b = matrix(module), getattr(module, "bias", None)
-    if beta is not None:
-        b = beta.double() @ W + (0 if b is None else b)
-    if alpha is not None:
-        W = (alpha.double() + offset)[:, None] * W
+    if getattr(norm, "bias", None) is not None:
+        b = norm.bias.double() @ W + (0 if b is None else b)
+    if getattr(norm, "weight", None) is not None:
+        W = (norm.weight.double() + offset)[:, None] * W
     set_matrix(module, W, b)
 
 
-def fuse_writer(norm, module):
-    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M; if the norm subtracts the mean, as a LayerNorm does."""
+def fuse_writer(module, norm):
+    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M. An RMSNorm subtracts no mean: then nothing is to do."""
     if subtracts_mean(norm):
         W, b = matrix(module), getattr(module, "bias", None)
         set_matrix(module, W - W.mean(-1, True), None if b is None else b.double() - b.double().mean(-1, True))
 
 
 def subtracts_mean(norm) -> bool:
-    return "LayerNorm" in type(norm).__name__  # there are several classes, torch's own for one
+    return "LayerNorm" in type(norm).__name__  # each family has its own class, and calls the others RMSNorm
 
 
 def without_scale(norm, D: int) -> RMSNorm:
-    # two names in use for eps; without either (OLMo), it is torch's default
+    """An RMSNorm with the eps of a norm of Hugging Face's, which has one of two names; OLMo's has none, but torch's."""
     return RMSNorm(D, getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
-# ---- 3.3 A transformation per block, and 3.4 Slicing ----------------------------------------------------------------
+# ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_variance: float | None = None,
                 round_to: int = 8, signal: str = "input", head: str = "sliced", batch_size: int = 8, device=None):
-    """Sections 3.3 and 3.4: slices a model in place and returns it. Fuses it if need be, and sets it to eval mode.
+    """Sections 3.3 and 3.4: slices a model in place and returns it; fuses it first, and sets it to eval mode.
 
-    calibration: tokens (samples, N), int64. sparsity: the share of the D dimensions to delete, see `sliced_dimension`;
-    or discard_variance: the share of each signal's variance, see `dimension_by_variance`. round_to: the dimension is a
-    multiple of it. signal: the side of the RMSNorm that Eq. 8 looks at, "input" (the authors' code) or "output" (the
-    paper's text). head: "sliced", or "full", whose signal keeps all D dimensions (the authors' code). batch_size:
-    sequences at a time. device: where to compute, with one layer there at a time; by default where the model is. Raises
-    SliceGPTError for bad arguments, before anything changes; and for a signal that is not finite.
+    calibration: tokens (samples, N), int64.
+    sparsity: the share of the D dimensions to delete, see `sliced_dimension`.
+    discard_variance: instead of it, the share of each signal's variance to lose, see `dimension_by_variance`.
+    round_to: the dimension is a multiple of it.
+    signal: "input" of the RMSNorm is what Eq. 8 looks at, as in the authors' code, or "output", as in the paper's text.
+    head: "sliced", or "full": it reads all D dimensions, as in the authors' code.
+    batch_size: sequences at a time.
+    device: where to compute, with one layer there at a time; by default where the model is.
+
+    Raises SliceGPTError for bad arguments, before anything changes; and for a signal that is not finite: then load the
+    model again.
     """
     if signal not in ("input", "output") or head not in ("sliced", "full"):
         raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
     device, D = torch.device(device or model.device), model.config.hidden_size
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
-    check_sliceable(model.config, calibration, one_width=d == D or d is not None and head == "sliced")
+    one_width = d == D or (d is not None and head == "sliced")
+    check_sliceable(model.config, calibration, one_width)
     fuse(model.eval())
 
-    def dimension(eigenvalues: Tensor, stage) -> int:
-        if stage is None and head == "full":
-            return D
+    def width(eigenvalues: Tensor) -> int:
         return d or dimension_by_variance(eigenvalues, discard_variance, round_to)
 
-    rotate(model, principal_components(model, calibration, dimension, signal, batch_size, device), device)
+    rotate(model, principal_components(model, calibration, width, signal, head, batch_size, device), device)
     return model
 
 
-def principal_components(model, calibration: Tensor, dimension, side: str, batch_size: int, device) -> Iterator[Tensor]:
-    """Yields a Q (D, d) for every signal of a fused model, in order; d is dimension(eigenvalues, stage).
+def principal_components(model, calibration: Tensor, width, signal: str, head: str, batch_size: int, device):
+    """Yields the Q (D, d) of each signal of a fused model, in order, as `rotate` takes them; d = width(eigenvalues).
 
-    Section 3.3 asks for the signal behind blocks that are sliced already. On X Q (samples, N, d), the sliced blocks
-    will compute what the fused ones compute on X Q Q^T (samples, N, D), the same signal in the old basis. So the
-    weights can wait: each signal is cut down to its principal components, and the next stage reads that.
+    Section 3.3 looks for Q after blocks that are sliced already. Sliced, a block reads X Q, and RMSNorm(X Q) Q^T W_in =
+    RMSNorm(X Q Q^T) W_in, by Eq. 2 and as our RMSNorm divides by D. So the fused block does on X Q Q^T, in the old
+    basis, what the sliced block will do on X Q: no weight has to be sliced to find the next Q.
     """
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
-    observe = norm if side == "output" else nn.Identity()
+    observed = norm if signal == "output" else nn.Identity()
     for stage, X in signals(model, calibration, batch_size, device):
-        C = total_covariance(observe, X, stage, batch_size, device)  # Eq. 8
-        eigenvalues, Q = map(agreed, pca(C))
-        Q = Q[:, :dimension(eigenvalues, stage)].contiguous()  # Eq. 9: delete the last columns
+        eigenvalues, Q = pca(covariance_of(X, observed, stage, batch_size, device))  # Eq. 8
+        d = len(Q) if stage is None and head == "full" else width(eigenvalues)
+        Q = Q[:, :d].contiguous()  # Eq. 9: Q times the deletion matrix
         QQ = (Q @ Q.T).to(X.dtype)  # (D, D)
         for x in X.split(batch_size):
-            x.copy_(x.to(device) @ QQ)  # Eq. 9: the reconstruction X Q Q^T
+            x.copy_(x.to(device) @ QQ)  # Eq. 9: what is left of X; the stage reads that
         yield Q
 
 
 def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tuple]:
     """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
 
-    X is what the stage reads; behind the last stage the head reads X, and instead of a stage there is None. Whoever
-    gets X may write into it. X stays on the CPU, and one layer at a time is on the device.
+    The stage is the one that reads X next, or None for the last signal, which the head reads. The caller may write into
+    X before it asks for the next. X is in the CPU's memory, and one layer at a time is on the device.
     """
-    X, todo = embed(model, calibration, batch_size)  # line 1
-    for stage in progress(todo, "signals", unit="signal"):
+    X, stages_with_args = embed(model, calibration, batch_size)  # line 1
+    for stage in progress(stages_with_args, "signals", unit="signal"):
         stage = stage.on(device)
         yield stage, X
         for x in X.split(batch_size):
             y = x.to(device)
-            x.copy_(y + stage(y))  # lines 4 and 5
+            x.copy_(y + stage(y))  # lines 4 and 5, without a rotation
     yield None, X
 
 
-def total_covariance(observe, X: Tensor, stage, batch_size: int, device) -> Tensor:
-    """Eq. 8: C = sum_i X_i^T X_i (D, D) in float64, of observe(X), over all sequences i of X (samples, N, D).
+def covariance_of(X: Tensor, observed, stage, batch_size: int, device) -> Tensor:
+    """Eq. 8: C = sum_i X_i^T X_i (D, D) in float64, of observed(X), over all sequences i of X (samples, N, D).
 
-    Raises SliceGPTError if it is not finite.
+    Under torchrun, the sequences are those of all processes. Raises SliceGPTError, with the stage, if C is not finite.
     """
-    C = total(sum(covariance(observe(x.to(device))) for x in X.split(batch_size)))
+    C = total(sum(covariance(observed(x.to(device))) for x in X.split(batch_size)))
     if not C.isfinite().all():
         raise SliceGPTError(f"the signal is not finite in front of {stage or 'the head'} ({X.dtype}); its type may be "
                             "too narrow, try --dtype float32")
@@ -308,29 +316,37 @@ def total_covariance(observe, X: Tensor, stage, batch_size: int, device) -> Tens
 
 
 def covariance(X: Tensor) -> Tensor:
-    """Eq. 8, one term: X^T X (D, D), in float64, multiplied in the precision of X (B, N, D) or in float32."""
+    """X^T X (D, D) of one batch X (B, N, D): products in float32, unless X is in float64; the result in float64.
+
+    It is the sum over all batches, and the eigenvectors, that need float64.
+    """
     X = at_least_float32(X.flatten(0, -2))
     return (X.T @ X).double()
 
 
 def at_least_float32(X: Tensor) -> Tensor:
-    return X if X.dtype == torch.float64 else X.float()
+    return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
 def pca(C: Tensor) -> tuple[Tensor, Tensor]:
-    """3.3: the eigenvalues (D,) of C (D, D), largest first, and its eigenvectors Q (D, D), in float64 (see A.2)."""
-    eigenvalues, Q = torch.linalg.eigh(C.double())
-    return eigenvalues.flip(0), Q.flip(1)
+    """The eigenvalues (D,) of C (D, D), largest first, and its eigenvectors Q (D, D), in float64 (see A.2).
 
+    Under torchrun, all processes get those of the first, as results may differ in the last bits.
+    """
+    eigenvalues, Q = torch.linalg.eigh(C.double())
+    return agreed(eigenvalues.flip(0)), agreed(Q.flip(1))
+
+
+# ---- 3.4 Slicing: how many dimensions to keep -----------------------------------------------------------------------
 
 def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
-    """3.4: d = (1 - sparsity) D, rounded down to a multiple of `round_to`, as in the authors' code; D for sparsity 0.
+    """d = (1 - sparsity) D, rounded down to a multiple of `round_to`, as in the authors' code; sparsity 0 keeps all D.
 
-    Raises SliceGPTError if nothing is left.
+    Raises SliceGPTError for a sparsity outside of [0, 1), or if nothing is left.
     """
     if not 0 <= sparsity < 1:
         raise SliceGPTError(f"sparsity must be at least 0 and below 1, not {sparsity}")
-    d = int((1 - sparsity) * D + 1e-6) // round_to * round_to if sparsity else D
+    d = int((1 - sparsity) * D + 1e-6) // round_to * round_to if sparsity else D  # (1 - 0.9) * 100 is 9.999999999999998
     if d == 0:
         raise SliceGPTError(f"sparsity {sparsity} leaves none of the {D} dimensions (in multiples of {round_to})")
     return d
@@ -338,43 +354,38 @@ def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
 
 def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int = 8) -> int:
     """Appendix A.4: the least multiple of `round_to`, or else D, that discards at most that share of the variance."""
-    left_out = 1 - eigenvalues.cumsum(0) / eigenvalues.sum()
+    left_out = 1 - eigenvalues.cumsum(0) / eigenvalues.sum()  # [k]: the share that is lost if k + 1 directions are kept
     needed = 1 + int((left_out > discarded).sum())
     return min(len(eigenvalues), math.ceil(needed / round_to) * round_to)
 
 
 # ---- Where an architecture keeps its parts --------------------------------------------------------------------------
 #
-# To add a family, give it a row in ARCHITECTURES; `check_row` refuses a wrong one. The functions behind the table are
-# all that the rest of this file knows of the modules of Hugging Face's models.
+# To add a family, give it a row in ARCHITECTURES; `check_row` refuses a wrong one. The functions after the table are
+# all that the rest of this file knows about the modules of Hugging Face's models.
 
 @dataclass(frozen=True)
 class Block:
-    """One attention or one FFN, as paths in its layer; several are separated by spaces.
-
-    The norm in front of it; the modules that compute Z from the norm's output, one after the other; all matrices W_in
-    and all W_out (experts have several), where a path with a ? is used if the layer has it; whether it is attention,
-    whose module takes masks, positions and caches, too, and returns more than Z.
-    """
-    norm: str
-    modules: str
-    W_in: str
-    W_out: str
-    attention: bool = False
+    """One attention or one FFN, as paths in its layer; where there are several, they are separated by spaces."""
+    norm: str  # the norm in front of it
+    modules: str  # compute Z from what the norm gives, one after the other
+    W_in: str  # all matrices that read what the norm gives; a path with a ? is used if the layer has it
+    W_out: str  # all matrices that write Z
+    attention: bool = False  # then its module takes masks, positions and caches, too
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Paths in a model: all embeddings that add up to the first signal, the layers, the last norm; a layer's blocks."""
-    embeddings: str
+    """Paths in a model, and the blocks of a layer."""
+    embeddings: str  # all that add up to the first signal
     layers: str
-    norm: str
+    norm: str  # the last
     attention: Block
     ffn: Block
-    parallel: bool = False  # both blocks read the same signal (a config's use_parallel_residual goes before this)
-    norm_offset: float = 0.0  # added to a norm's weight to give alpha
-    one_width: bool = False  # some code of the model takes all its signals to be equally wide
-    zero_mean: bool = False  # it has LayerNorms, and its heads need not add up to its hidden size: see `standard`
+    parallel: bool = False  # both blocks read the same signal; a config's use_parallel_residual overrides this
+    norm_offset: float = 0.0  # alpha is a norm's weight plus this
+    one_width: bool = False  # all signals must have one width: the forward pass of the model or of a module assumes it
+    mean_free: bool = False  # a slice can be of the family's own class, if its signal has mean 0: see `standard`
 
 
 LLAMA = Architecture(
@@ -383,17 +394,20 @@ LLAMA = Architecture(
           attention=True),
     Block("post_attention_layernorm", "mlp", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"))
 
-MIXTURE = replace(LLAMA, ffn=Block(  # of experts, with shared ones or without; in some layers there is a plain FFN
+UNGATED = replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"))
+MIXTURE = replace(LLAMA, one_width=True, ffn=Block(
     "post_attention_layernorm", "mlp",
-    "?mlp.gate_proj ?mlp.up_proj ?mlp.gate ?mlp.gate.wg ?mlp.router ?mlp.experts.gate_up_proj "
-    "?mlp.shared_expert.gate_proj ?mlp.shared_expert.up_proj ?mlp.shared_expert_gate ?mlp.shared_experts.gate_proj "
-    "?mlp.shared_experts.up_proj ?mlp.shared_mlp.gate_proj ?mlp.shared_mlp.up_proj",
+    "?mlp.gate_proj ?mlp.up_proj "  # a plain FFN, in some layers
+    "?mlp.gate ?mlp.gate.wg ?mlp.router "  # whichever name the router has
+    "?mlp.experts.gate_up_proj "  # of all experts
+    "?mlp.shared_expert.gate_proj ?mlp.shared_expert.up_proj ?mlp.shared_expert_gate "  # three names of shared experts
+    "?mlp.shared_experts.gate_proj ?mlp.shared_experts.up_proj ?mlp.shared_mlp.gate_proj ?mlp.shared_mlp.up_proj",
     "?mlp.down_proj ?mlp.experts.down_proj ?mlp.shared_expert.down_proj ?mlp.shared_experts.down_proj "
-    "?mlp.shared_mlp.down_proj"), one_width=True)  # such modules give back as wide a signal as they get
+    "?mlp.shared_mlp.down_proj"))
 LATENT = replace(MIXTURE, attention=replace(  # attention through a latent, DeepSeek's
     LLAMA.attention, W_in="?self_attn.q_proj ?self_attn.q_a_proj self_attn.kv_a_proj_with_mqa"))
 
-COHERE = replace(LLAMA, ffn=replace(LLAMA.ffn, norm="input_layernorm"), parallel=True, zero_mean=True)
+COHERE = replace(LLAMA, ffn=replace(LLAMA.ffn, norm="input_layernorm"), parallel=True, mean_free=True)
 OPT = Architecture(
     "model.decoder.embed_tokens model.decoder.embed_positions", "model.decoder.layers",
     "model.decoder.final_layer_norm",
@@ -404,7 +418,7 @@ GPTJ = Architecture(
     Block("ln_1", "attn", "attn.q_proj attn.k_proj attn.v_proj", "attn.out_proj", attention=True),
     Block("ln_1", "mlp", "mlp.fc_in", "mlp.fc_out"), parallel=True)
 
-ARCHITECTURES = {  # by the config's model_type
+ARCHITECTURES = {  # by the config's model_type; the tests draw networks of each
     "opt": OPT,
     "gpt2": Architecture(
         "transformer.wte transformer.wpe", "transformer.h", "transformer.ln_f",
@@ -412,16 +426,15 @@ ARCHITECTURES = {  # by the config's model_type
         Block("ln_2", "mlp", "mlp.c_fc", "mlp.c_proj"), one_width=True),
     **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss helium ernie4_5 hunyuan_v1_dense "
                     "granite stablelm exaone internlm3 cwm".split(), LLAMA),
-    "olmo": replace(LLAMA, zero_mean=True),
-    "arcee": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj")),
-    "jais2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), zero_mean=True),
-    "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj"), zero_mean=True),
-    "nemotron": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"), norm_offset=1.0, zero_mean=True),
+    "olmo": replace(LLAMA, mean_free=True),
+    "arcee": UNGATED, "jais2": replace(UNGATED, mean_free=True),
+    "starcoder2": replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.c_fc", W_out="mlp.c_proj"), mean_free=True),
+    "nemotron": replace(UNGATED, norm_offset=1.0, mean_free=True),
     "gemma": replace(LLAMA, norm_offset=1.0),
     "phi": Architecture(
         "model.embed_tokens", "model.layers", "model.final_layernorm",
         replace(LLAMA.attention, W_out="self_attn.dense"),
-        Block("input_layernorm", "mlp", "mlp.fc1", "mlp.fc2"), parallel=True, zero_mean=True),
+        Block("input_layernorm", "mlp", "mlp.fc1", "mlp.fc2"), parallel=True, mean_free=True),
     "phi3": replace(
         LLAMA, attention=replace(LLAMA.attention, W_in="self_attn.qkv_proj"),
         ffn=replace(LLAMA.ffn, W_in="mlp.gate_up_proj")),
@@ -451,98 +464,107 @@ ARCHITECTURES = {  # by the config's model_type
 
 def architecture(config) -> Architecture:
     """The row of the table for a Hugging Face config. Raises SliceGPTError, with the reason, if it cannot be sliced."""
-    has = vars(config).get
-    reasons = [reason for reason, holds in (
-        ("it is an encoder-decoder", has("is_encoder_decoder")),
-        ("it has cross-attention", has("add_cross_attention")),
-        ("its blocks are parallel", config.model_type == "stablelm" and has("use_parallel_residual")),
-        ("it has no last norm", has("_remove_final_layer_norm")),
-        ("its weights are quantised (slice the original and quantise the result)",
-         has("quantization_config") and not has("slicegpt")),
-        ("it normalises behind its blocks (post-norm), and such a signal cannot be rotated",
-         not has("do_layer_norm_before", True)),
-        ("its embedding is projected", has("word_embed_proj_dim") not in (None, has("hidden_size"))),
-        ("its architecture is not known here", config.model_type not in ARCHITECTURES),
-    ) if holds]
-    if reasons:
-        raise SliceGPTError(f"cannot slice a {config.model_type} model like this: {', and '.join(reasons)}. "
+    get, kind = vars(config).get, config.model_type
+    reasons = {
+        "it is an encoder-decoder": get("is_encoder_decoder"),
+        "it has cross-attention": get("add_cross_attention"),
+        "its blocks are parallel": kind == "stablelm" and get("use_parallel_residual"),  # through a norm of its own
+        "it has no last norm": get("_remove_final_layer_norm"),
+        "its weights are quantised (slice the original and quantise the result)":
+            get("quantization_config") and not get("slicegpt"),
+        "it normalises after its blocks (post-norm), and such a signal cannot be rotated":
+            get("do_layer_norm_before") is False,
+        "its embedding is projected": get("word_embed_proj_dim") not in (None, get("hidden_size")),
+        "its architecture is not known here": kind not in ARCHITECTURES}
+    if any(reasons.values()):
+        raise SliceGPTError(f"cannot slice a {kind} model like this: "
+                            f"{', and '.join(reason for reason, holds in reasons.items() if holds)}. "
                             f"Can be sliced: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[config.model_type]
+    return ARCHITECTURES[kind]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The way from one signal to the next: the block of a layer, or the parallel blocks, that read the first of them.
-
-    Its layer, and the number of that; its blocks; the name of the layer's parameter for the shortcut, which `rotate`
-    makes; the norms' offset; a factor of Z, which Granite has; what else the layer is called with, if that is known.
-    """
+    """One step X <- X + Z: a block of a layer, or its parallel blocks."""
     layer: nn.Module
-    number: int
+    number: int  # of the layer
     blocks: tuple[Block, ...]
-    shortcut_name: str
-    norm_offset: float
-    multiplier: float
-    args: tuple = ()
+    shortcut_name: str  # of the layer's parameter that holds S, made by `rotate`
+    norm_offset: float  # see Architecture
+    multiplier: float  # of Z, which Granite has
+    args: tuple = ()  # what else the layer is called with, as `embed` records it
     kwargs: dict = field(default_factory=dict)
 
     def __call__(self, X: Tensor, *args, **kwargs) -> Tensor:
         """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
         normalised = {path: self.layer.get_submodule(path)(X) for path in {block.norm for block in self.blocks}}
-        summands = []
+        Z_of_blocks = []
         for block in self.blocks:
             Z = normalised[block.norm]
             for module in submodules(self.layer, block.modules):
                 Z = module(Z, *self.args, *args, **self.kwargs, **kwargs) if block.attention else module(Z)
-                Z = Z[0] if isinstance(Z, tuple) else Z
-            summands.append(Z)
-        return self.multiplier * sum(summands[1:], summands[0])
+                Z = Z[0] if isinstance(Z, tuple) else Z  # attention gives its weights, too
+            Z_of_blocks.append(Z)
+        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])
 
-    def __str__(self):
-        return f"layer {self.number}, {self.blocks[0].modules}"
+    def norms(self) -> list[tuple]:
+        """(block, its norm) for each block."""
+        return [(block, self.layer.get_submodule(block.norm)) for block in self.blocks]
+
+    def readers_of(self, block: Block) -> list:
+        return submodules(self.layer, block.W_in)
+
+    def writers_of(self, block: Block) -> list:
+        return submodules(self.layer, block.W_out)
 
     @property
     def readers(self) -> list:
         """All W_in."""
-        return [W_in for block in self.blocks for W_in in submodules(self.layer, block.W_in)]
+        return [W_in for block in self.blocks for W_in in self.readers_of(block)]
 
     @property
     def writers(self) -> list:
         """All W_out."""
-        return [W_out for block in self.blocks for W_out in submodules(self.layer, block.W_out)]
+        return [W_out for block in self.blocks for W_out in self.writers_of(block)]
 
     @property
     def shortcut(self) -> Tensor | None:
+        """S (d_in, d_out); None for the identity."""
         return getattr(self.layer, self.shortcut_name, None)
 
     def set_shortcut(self, S: Tensor):
         setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=self.writers[0].weight)))
 
+    def __str__(self):
+        return f"layer {self.number}, {self.blocks[0].modules}"
+
     def on(self, device: torch.device, dtype: torch.dtype | None = None):
-        """This stage with its layer and args on the device, and in the dtype if one is given; a copy if need be."""
+        """This stage, its layer and args on the device, and in a dtype if one is given: a copy, if it is elsewhere."""
         def moved(a):
             return a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
 
         layer, (args, kwargs) = self.layer, tree_map(moved, (self.args, self.kwargs))
         if dtype or self.writers[0].weight.device != device:
-            tensors = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in layer.parameters()}
-            layer = copy.deepcopy(layer, tensors | {id(b): moved(b) for b in layer.buffers()})  # with these tensors
+            # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy
+            memo = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in layer.parameters()}
+            layer = copy.deepcopy(layer, memo | {id(b): moved(b) for b in layer.buffers()})
         return replace(self, layer=layer, args=args, kwargs=kwargs)
 
 
 def stages_by_layer(model) -> list[list[Stage]]:
     """For each layer: attention, then FFN; or one stage with both, if they are parallel."""
     parts = architecture(model.config)
-    of_layer = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
     if getattr(model.config, "use_parallel_residual", parts.parallel):
-        of_layer = [((parts.attention, parts.ffn), "shortcut")]
-    return [[Stage(layer, number, *of_stage, parts.norm_offset, getattr(layer, "residual_multiplier", 1.0))
-             for of_stage in of_layer] for number, layer in enumerate(layers(model))]
+        kinds = [((parts.attention, parts.ffn), "shortcut")]
+    else:
+        kinds = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
+    return [[Stage(layer, number, *kind, parts.norm_offset, getattr(layer, "residual_multiplier", 1.0))
+             for kind in kinds] for number, layer in enumerate(layers(model))]
 
 
 def stages(model) -> list[Stage]:
     """All stages, in the order in which the signal meets them."""
-    return [stage for of_layer in stages_by_layer(model) for stage in of_layer]
+    return [stage for stages_of_layer in stages_by_layer(model) for stage in stages_of_layer]
 
 
 def layers(model) -> nn.ModuleList:
@@ -555,41 +577,46 @@ def embeddings(model) -> list:
 
 
 def submodules(module, paths: str) -> list:
-    """The modules at these paths, separated by spaces; a path with a ? is optional, and counts if it has a weight.
+    """The modules at these paths; an optional one (?) is left out if it does not exist, or has no weight.
 
-    A parameter of all experts (experts, ..) stands for its experts.
+    If there is a parameter (experts, .., ..) at a path, that stands for an `Expert` for each of them.
     """
     found = []
     for path in paths.split():
+        optional, path = path[0] == "?", path.lstrip("?")
+        owner, _, name = path.rpartition(".")
         try:
-            part = attrgetter(path.lstrip("?"))(module)
+            part = attrgetter(path)(module)
         except AttributeError:
-            if path[0] != "?":
+            if not optional:
                 raise
             continue
         if isinstance(part, nn.Parameter):
-            owner, _, name = path.lstrip("?").rpartition(".")
             found += [Expert(module.get_submodule(owner), name, number) for number in range(len(part))]
-        elif path[0] != "?" or hasattr(part, "weight"):
+        elif not optional or hasattr(part, "weight"):
             found.append(part)
     return found
 
 
 class Expert:
-    """One expert of a mixture, as if it were a module: its weight and bias are rows of all experts' parameters."""
+    """One expert of a mixture, as if it were a module: its weight and bias are rows of all experts' parameters.
+
+    They are rows of the old parameters, also after another expert has made new ones.
+    """
 
     def __init__(self, module, name: str, number: int):
         self.number, self.of_all = number, (getattr(module, name), getattr(module, f"{name}_bias", None))
-        self.weight, self.bias = (None if of_all is None else of_all.data[number] for of_all in self.of_all)
+        self.weight, self.bias = (None if rows is None else rows.data[number] for rows in self.of_all)
         self.transposed = getattr(module, "is_transposed", False)
 
-    def store(self, *rows):
-        """Sets weight and bias, of any shape. The first expert makes room for all, which are set one after another."""
-        for of_all, row in zip(self.of_all, rows):
+    def store(self, *weight_and_bias):
+        """Sets weight and bias, of any shape: expert 0 makes room for all, so all are to be set, one after another."""
+        for rows, row in zip(self.of_all, weight_and_bias):
             if row is not None:
                 if self.number == 0:
-                    of_all.data, of_all.grad = stored(row.expand(len(of_all), *row.shape), like=of_all), None
-                of_all.data[self.number] = row
+                    rows.data = stored(row.expand(len(rows), *row.shape), like=rows)
+                    rows.grad = None
+                rows.data[self.number] = row
 
 
 def matrix(module) -> Tensor:
@@ -598,19 +625,19 @@ def matrix(module) -> Tensor:
 
 
 def as_stored(module, W: Tensor) -> Tensor:
-    """W as a module stores it, from W as it multiplies from the right; or the other way round."""
+    """The transpose of W, if the module stores that; its own inverse."""
     straight = isinstance(module, (nn.Embedding, Conv1D)) or getattr(module, "transposed", False)
     return W if straight else W.T
 
 
-def set_matrix(module, W: Tensor, bias: Tensor | None):
-    """The inverse of `matrix`, with a bias (outputs): of any shape, stored in the dtype of the old weight.
+def set_matrix(module, W: Tensor, b: Tensor | None = None):
+    """The inverse of `matrix`: W of any shape, in the dtype of the old weight; and a bias (outputs), None if it stays.
 
-    The parameter stays the same one, so whoever shares it, as a tied head does, goes on sharing it.
+    The weight stays the same parameter, so whoever shares it, as a tied head does, goes on sharing it.
     """
     inputs, outputs = W.shape
     if isinstance(module, Expert):
-        module.store(as_stored(module, W), bias)
+        module.store(as_stored(module, W), b)
         return
     if isinstance(module, nn.Embedding):
         module.embedding_dim = outputs
@@ -618,14 +645,15 @@ def set_matrix(module, W: Tensor, bias: Tensor | None):
         module.nx, module.nf = inputs, outputs
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = inputs, outputs
-    if bias is not None:
-        module.bias = nn.Parameter(stored(bias, like=module.weight))
-    module.weight.data, module.weight.grad = stored(as_stored(module, W), like=module.weight), None
+    if b is not None:
+        module.bias = nn.Parameter(stored(b, like=module.weight))
+    module.weight.data = stored(as_stored(module, W), like=module.weight)
+    module.weight.grad = None
 
 
 @contextlib.contextmanager
-def layers_do(forward, model):
-    """Inside, the model's layers do forward(layer, X, *args, **kwargs) instead of what is theirs."""
+def replaced_layers(model, forward):
+    """Inside, each layer computes forward(layer, X, *args, **kwargs) instead of its own forward pass."""
     with contextlib.ExitStack() as patches:
         for layer in layers(model):
             patches.enter_context(patch.object(layer, "forward", partial(forward, layer)))
@@ -636,106 +664,112 @@ def layers_do(forward, model):
 def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stage]]:
     """Algorithm 1, line 1: the signal X (samples, N, D) of tokens (samples, N), on the CPU; and all stages, with args.
 
-    The model's own forward pass runs, while its layers only pass on X, and record what else they are called with: masks
-    and the like, which are the same for all sequences.
+    The model's own forward pass runs, but its layers only pass X on, and record what else they get, such as masks.
     """
-    calls = []
-
     def record(_, X, *args, **kwargs):
         calls.append((X, args, kwargs))
         return X
 
     X = allocate((*tokens.shape, model.config.hidden_size), model.dtype)
-    with layers_do(record, model):
-        batches = [*zip(X.split(batch_size), tokens.split(batch_size)), (X[:1], tokens[:1])]  # the last is for the args
+    batches = [*zip(X.split(batch_size), tokens.split(batch_size)),
+               (X[:1], tokens[:1])]  # again: masks of one sequence go with batches of any size
+    with replaced_layers(model, record):
         for x, batch in batches:
-            calls.clear()
+            calls = []  # of each layer
             model.base_model(batch.to(model.device), use_cache=False)
             x.copy_(calls[0][0])
-    return X, [replace(stage, args=calls[stage.number][1], kwargs=calls[stage.number][2]) for stage in stages(model)]
+    return X, [replace(stage, args=args, kwargs=kwargs) for stage in stages(model)
+               for _, args, kwargs in [calls[stage.number]]]
 
 
-@contextlib.contextmanager
-def rotating(model, Q, device):
-    """For `rotate`: gives (an iterator of the Q of all signals, in float64 on the device; whether there are shortcuts).
+def rotations(model, Q, device) -> tuple[dict, Iterator[Tensor]]:
+    """For `rotate`: the shape that the model will have, but for the widths; and the Q of each signal, in float64.
 
-    At the end, the new shape is noted where it has to be known: in the config, in modules of mixtures, and in layers
-    with shortcuts, which get another forward pass. While it lasts the config has no shape, so that a model is refused
-    (see `check_row`) if an error has left it half rotated.
+    Raises SliceGPTError for a wrong number or shape of matrices: at once, unless Q is an iterator. The config loses its
+    shape, until `note_shape` gives it a new one: so a model that an error left half rotated is refused by `fuse`.
     """
-    shape, widths = model.config.slicegpt, []
+    shape = model.config.slicegpt
     if shape.get("tied"):  # beyond the paper, see `tie_head`
         raise SliceGPTError("its head is tied to its embedding, which can be rotated before that only")
-    shortcuts = shape["shortcuts"] or not isinstance(Q, Tensor)
-    Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
+    rows = shape["dimensions"]
+    Qs = [Q] * len(rows) if isinstance(Q, Tensor) else Q
+    wrong = SliceGPTError(f"this model's rotations have {rows} rows")
+    if not isinstance(Qs, Iterator):
+        if [len(Q) for Q in Qs] != rows:
+            raise wrong
+        check_width(model.config, Qs[0].shape[1] == Qs[-1].shape[1])
 
     def hand_out():
-        for rows, Q in itertools.zip_longest(shape["dimensions"], Qs):
-            if Q is None or len(Q) != rows:
-                raise SliceGPTError(f"this model's rotations have {shape['dimensions']} rows")
-            widths.append(Q.shape[1])
-            check_width(model.config, len(widths) < len(shape["dimensions"]) or widths[0] == widths[-1])
-            yield Q.to(device or model.device, torch.float64)
+        for expected, Q_of_signal in itertools.zip_longest(rows, Qs):
+            if Q_of_signal is None or len(Q_of_signal) != expected:
+                raise wrong
+            yield Q_of_signal.to(device or model.device, torch.float64)
 
-    if not isinstance(Qs, Iterator):  # what is there already is checked before anything is rotated
-        widths = [0 for _ in hand_out()][:0]
     del model.config.slicegpt
-    yield hand_out(), shortcuts
-    for stage, D, d in zip(stages(model), shape["dimensions"], widths):
-        resize(stage, D, d)
-    for of_layer in stages_by_layer(model) if shortcuts else ():
-        of_layer[0].layer.forward = partial(sliced_layer, of_layer)
-    model.config.slicegpt = shape | {"dimensions": widths, "shortcuts": shortcuts}
+    return shape | {"shortcuts": shape["shortcuts"] or not isinstance(Q, Tensor)}, hand_out()
 
 
-def resize(stage: Stage, D: int, d: int):
-    """Tells the modules of a mixture of experts, which remember how wide the signal is, that it is d now, not D."""
-    for block in stage.blocks:
-        for module in () if block.attention else stage.layer.get_submodule(block.modules.split()[0]).modules():
-            for name in ("hidden_dim", "hidden_size", "input_size"):
-                if getattr(module, name, None) == D:
-                    setattr(module, name, d)
+def note_shape(model, shape: dict):
+    """Notes the model's new shape where it has to be known; it is described at `SlicedForCausalLM`.
+
+    That is in the config; in modules of mixtures of experts, which remember the width of the signal; and in layers with
+    shortcuts, which get another forward pass.
+    """
+    model.config.slicegpt = shape
+    for stage, width in zip(stages(model), shape["dimensions"]):  # the last one is the head's
+        for block in stage.blocks:
+            if not block.attention:
+                for module in stage.layer.get_submodule(block.modules.split()[0]).modules():
+                    for name in {"hidden_dim", "hidden_size", "input_size"} & vars(module).keys():
+                        setattr(module, name, width)
+    if shape["shortcuts"]:
+        for stages_of_layer in stages_by_layer(model):
+            stages_of_layer[0].layer.forward = partial(sliced_layer, stages_of_layer)
 
 
 @torch.no_grad()
 def check_row(model):
-    """Raises SliceGPTError if a dense model computes something else than Figure 4 makes of its row in the table.
+    """Raises SliceGPTError if a dense model computes something else than its row in the table says.
 
     A class that only looks like one of the table, or one that has changed, is found out here, before a weight changes.
-    Random tokens are embedded. To that signal X, each layer must add the same as it is and fused; both are computed by
-    a copy in float32 at least, since a narrow type would hide a difference. What the head reads must have the direction
-    of what the last norm gives. Both are medians over the tokens, as rounding may send a few to another expert.
+    One signal X, of random tokens, is given to every layer twice: to the layer as it is, and to a fused copy that adds
+    up its stages. Both compute in float32 at least, as rounding to a narrow type would hide differences. What the head
+    reads must have the direction of what the last norm gives for X. Medians over the tokens are compared, as rounding
+    may send a few to another expert; the errors of right models are some 1e-6, those of wrong ones 1e-2 or more.
     """
-    if hasattr(model, "peft_config"):
-        raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
-    if any(isinstance(module, RMSNorm) for module in model.modules()):
-        raise SliceGPTError("an error left it half fused or half rotated: load it again")
-    D, norm = model.config.hidden_size, model.get_submodule(architecture(model.config).norm)
     if model.device.type == "meta":  # without values
         return
-    dtype, training, read = torch.promote_types(model.dtype, torch.float32), model.training, []
+    D, norm = model.config.hidden_size, model.get_submodule(architecture(model.config).norm)
+    was_training = model.training
     tokens = torch.randint(model.config.vocab_size, (1, min(16, positions(model.config))),
                            generator=torch.Generator().manual_seed(0))
-    X, todo = embed(model.eval(), tokens)
+    X, stages_with_args = embed(model.eval(), tokens)
+    read_by_head = []
     head = model.get_output_embeddings()
-    with layers_do(lambda _, X, *args, **kwargs: X, model), head.register_forward_pre_hook(
-            lambda _, inputs: read.append(inputs[0])):
+    with replaced_layers(model, lambda _, X, *args, **kwargs: X), head.register_forward_pre_hook(
+            lambda _, inputs: read_by_head.append(inputs[0])):
         model(tokens.to(model.device), use_cache=False)
-    right = F.cosine_similarity(norm(X.to(model.device)).double(), read[0].double(), dim=-1).median() > 0.99
-    X = X.to(dtype) - (X.to(dtype).mean(-1, True) if subtracts_mean(norm) else 0)
-    for _, of_layer in itertools.groupby(todo, attrgetter("number")):
+    cosines = F.cosine_similarity(norm(X.to(model.device)).double(), read_by_head[0].double(), dim=-1)
+    right = cosines.median() > 0.99
+
+    def centred(X):
+        return X - X.mean(-1, True) if subtracts_mean(norm) else X
+
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    for _, stages_of_layer in itertools.groupby(stages_with_args, attrgetter("number")):
         expected = None
-        for twin in (stage.on(stage.writers[0].weight.device, dtype) for stage in of_layer):
+        for stage in stages_of_layer:
+            stage = stage.on(stage.writers[0].weight.device, dtype)  # with a copy of the layer
             if expected is None:
-                found = X = X.to(twin.writers[0].weight.device)
-                expected = twin.layer(X, *twin.args, **twin.kwargs)
-                expected = expected[0] if isinstance(expected, tuple) else expected
-            fuse_stage(twin, D)
-            found = found + twin(found)
-        error = found - expected
-        error = error - (error.mean(-1, True) if subtracts_mean(norm) else 0)
-        right = right and error.norm(dim=-1).median() <= 1e-3 * (expected - X).norm(dim=-1).median()
-    model.train(training)
+                dense = centred(X.to(stage.writers[0].weight.device, dtype))
+                expected = stage.layer(dense, *stage.args, **stage.kwargs)
+                expected = centred(expected[0] if isinstance(expected, tuple) else expected)
+                found = dense
+            fuse_stage(stage, D)
+            found = found + stage(found)
+        error, added = (found - expected).norm(dim=-1), (expected - dense).norm(dim=-1)
+        right = right and error.median() <= 1e-3 * added.median()
+    model.train(was_training)
     if not right:
         raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
 
@@ -753,7 +787,7 @@ def check_tokens(config, tokens: Tensor):
 
 
 def check_sliceable(config, calibration: Tensor, one_width: bool = True):
-    """Raises SliceGPTError if such a model, by such tokens, cannot be sliced, to one width throughout or not."""
+    """Raises SliceGPTError if such a model cannot be sliced by such tokens. one_width: all signals are equally wide."""
     check_tokens(config, calibration)
     shape = getattr(config, "slicegpt", None)
     if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
@@ -808,7 +842,7 @@ def read_text(name: str, evaluation: bool) -> str:
 
 
 def tokenize(tokenizer, text: str, seqlen: int, samples: int | None = None, seed: int | None = None) -> Tensor:
-    """A text in pieces, tokens (samples, seqlen), int64: all or the first of them, or random ones under a seed."""
+    """A text in pieces, tokens (samples, seqlen), int64: the first `samples`, or random ones if there is a seed."""
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     pieces = len(tokens) // seqlen
     if pieces == 0:
@@ -821,10 +855,9 @@ def tokenize(tokenizer, text: str, seqlen: int, samples: int | None = None, seed
 
 @torch.no_grad()
 def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None) -> float:
-    """Section 4: exp of the mean negative log likelihood, in nats, of tokens (samples, seqlen); the first of each
-    sequence is not predicted. Sets the model to eval mode.
+    """Section 4: exp of the mean negative log likelihood (in nats) of all tokens (samples, seqlen) but each first one.
 
-    batch_size: sequences at a time; by default some 4096 tokens, as the logits (B, N, vocabulary) are large.
+    Sets the model to eval mode. batch_size: sequences at a time; by default some 4096 tokens, as logits are large.
     """
     device = device or model.device
     model.eval()
@@ -896,15 +929,16 @@ def train(model, batches, learning_rate: float, label: str):
 
 
 def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 1e-3, seed: int = 0):
-    """Section 4, Figure 6, recovery fine-tuning (RFT): trains LoRA adapters by peft on the tokens (samples, N), once.
+    """Section 4, Figure 6, recovery fine-tuning (RFT): trains LoRA adapters, one epoch over the tokens (samples, N).
 
     r = 32, alpha = 10, and peft's defaults for the rest, as in the paper; an architecture for which peft has no default
-    gets adapters on the W_in of attention. They are merged into the weights at the end, in place, so the model stays
-    what it was. If the loss stops being finite, the weights stay what they were, and SliceGPTError is raised.
+    gets adapters on the W_in of attention. In the end they are merged into the weights, in place. If the loss is not
+    finite, SliceGPTError is raised, and the weights stay what they were.
     """
     peft, parts = optional("peft"), architecture(model.config)
     targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
     targets = targets or [path.rpartition(".")[2] for path in parts.attention.W_in.split()]
+    trained = [W for W in model.parameters() if W.requires_grad]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=32, lora_alpha=10, target_modules=targets))
@@ -914,183 +948,180 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
             train(adapted, tokens.split(batch_size), learning_rate, "recovery fine-tuning")
             adapted.merge_and_unload()
         finally:
-            adapted.unload()  # after an error; what has been merged is no adapter any more
+            adapted.unload()  # after an error; it does nothing after merging
             model.activation_checkpointing_disable()
-            model.eval().requires_grad_(True)
+            model.eval()
+            for W in trained:
+                W.requires_grad_(True)  # peft froze all
 
 
 # ---- Beyond the paper -----------------------------------------------------------------------------------------------
 #
-# Nothing in this section is in the paper: one rotation for all blocks, which needs no shortcuts and can be learned from
-# what the dense network predicts; a head that shares the embedding's matrix; models without any code of ours.
+# One rotation for all blocks, which needs no shortcuts and can be learned from what the dense network predicts; a head
+# that shares the embedding's matrix; sliced models that load without any code of ours.
 
 @torch.no_grad()
 def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> Tensor:
-    """One Q (D, D) for the whole network, in float64; `rotate(model, Q[:, :d])` slices with it, without shortcuts.
+    """One Q (D, D) for the whole network, in float64: `rotate(model, Q[:, :d])` slices with it, without shortcuts.
 
     Its columns are the eigenvectors of a sum over all signals X of the *dense* network: the covariance of RMSNorm(X),
-    which is what the blocks read, and 0.3 times that of X, which is what they add to, each divided by its trace, so
-    that every signal has the same say. Fuses the model, and sets it to eval mode. Raises SliceGPTError for a signal
-    that is not finite.
+    which the blocks read, and 0.3 times that of X, which they add to, each divided by its trace, so that every signal
+    counts the same. (0.3 was found by trial.) Fuses the model, and sets it to eval mode. Raises SliceGPTError for a
+    signal that is not finite.
     """
-    device, C = torch.device(device or model.device), 0
+    device = torch.device(device or model.device)
     check_sliceable(model.config, calibration)
     fuse(model.eval())
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
+    C = 0
     for stage, X in signals(model, calibration, batch_size, device):
-        read, written = (total_covariance(observe, X, stage, batch_size, device) for observe in (norm, nn.Identity()))
+        read, written = (covariance_of(X, side, stage, batch_size, device) for side in (norm, nn.Identity()))
         C = C + (read / read.trace() + 0.3 * written / written.trace())
-    return agreed(pca(C)[1])
+    return pca(C)[1]
 
 
 def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learning_rate: float | None = None,
                    batch_size: int = 4, seed: int = 0) -> Tensor:
     """A Q (D, d) with orthonormal columns, in float64, that costs the network's output less than the one it starts at.
 
-    Theorem 1 leaves Q free, so it may be chosen by what the sliced network says instead of by variance: by descent on
-    the cross entropy, in nats per token, of its next-token distributions with what is expected. That is four fifths the
-    dense network's distribution and one fifth the token that follows, which helps on such texts more than it harms on
-    others. A step takes `batch_size` sequences of up to 256 calibration tokens, random ones under the seed. What moves
-    is B (D - d, d), at first 0; Q is the orthogonal factor (QR) of Q + N B, where N spans the rest. Along a strong
-    signal small turns do harm: columns of B with a first gradient above the median move less. learning_rate: by default
-    proportional to the entries of a Q. No weight is changed, see `projected`. Fuses the model, and sets it to eval
-    mode. Memory: what the layers compute of a step's tokens. Raises SliceGPTError for a loss that is not finite.
+    Theorem 1 leaves Q free. Here it is chosen by what the sliced network predicts, not by variance. The cost is the
+    cross entropy, in nats a token, of the sliced network's next-token distributions with 0.8 p + 0.2 t: p is what the
+    dense network predicts, t the token that follows in the text. Q is the orthogonal factor (QR) of Q_0 + K T, where
+    K (D, D - d) spans what Q_0 leaves out, and T (D - d, d) is learned, from 0.
+
+    A step takes `batch_size` sequences of up to 256 of the calibration tokens, random ones under the seed.
+    learning_rate: by default in proportion to the entries of a Q. Memory: what all layers compute of a step's tokens.
+    Fuses the model, and sets it to eval mode; its weights do not change. Raises SliceGPTError for a cost that is not
+    finite.
     """
     check_sliceable(model.config, calibration)
     fuse(model.eval())
-    length, calibration = min(256, calibration.shape[1]), all_samples(calibration)
+    calibration = all_samples(calibration)
+    length = min(256, calibration.shape[1])
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
     generator = torch.Generator().manual_seed(seed)
     first, *batches = (pieces[torch.randint(len(pieces), (batch_size,), generator=generator)] for _ in range(steps + 1))
-    start = agreed(Q).double().to(model.device)
-    N = agreed(torch.linalg.qr(start, mode="complete").Q[:, Q.shape[1]:])
-    B = torch.zeros(N.shape[1], Q.shape[1], dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
-    B.requires_grad_().register_hook(total)
-    scale = 1.0
+    Q_0 = agreed(Q).double().to(model.device)
+    K = agreed(torch.linalg.qr(Q_0, mode="complete").Q[:, Q.shape[1]:])
+    T = torch.zeros(K.shape[1], Q.shape[1], dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
+    T.requires_grad_().register_hook(total)
+    scale = 1.0  # of the columns of T, see below
 
-    def loss_of(batch):
-        mine = share(batch).to(model.device)
+    def cost(batch):
+        tokens = share(batch).to(model.device)
         with torch.no_grad():
-            expected = at_least_float32(model(mine, use_cache=False).logits).softmax(-1).mul_(1 - 0.2)
-            expected[:, :-1].scatter_(-1, mine[:, 1:, None], 0.2, reduce="add")
-        with projected(model, torch.linalg.qr(start.to(B) + N.to(B) @ (B * scale)).Q):
-            found = at_least_float32(model(mine, use_cache=False).logits.flatten(0, 1))
-        return F.cross_entropy(found, expected.flatten(0, 1), reduction="sum") / total(torch.ones_like(mine).sum())
+            expected = at_least_float32(model(tokens, use_cache=False).logits).softmax(-1).mul_(0.8)
+            expected[:, :-1].scatter_(-1, tokens[:, 1:, None], 0.2, reduce="add")
+        with projected(model, torch.linalg.qr(Q_0.to(T) + K.to(T) @ (T * scale)).Q):
+            found = at_least_float32(model(tokens, use_cache=False).logits.flatten(0, 1))
+        return F.cross_entropy(found, expected.flatten(0, 1), reduction="sum") / total(torch.ones_like(tokens).sum())
 
+    trained = [W for W in model.parameters() if W.requires_grad]
     try:
         model.requires_grad_(False)
-        felt = torch.autograd.grad(loss_of(first), B)[0].norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
-        scale = (felt.median() / felt).clamp_max(1)
-        descend([B], batches, loss_of, learning_rate or 0.07 / math.sqrt(len(Q)), "learning the rotation")
+        # along a strong signal small turns do harm: a column whose first gradient is above the median moves less
+        gradients = torch.autograd.grad(cost(first), T)[0].norm(dim=0).clamp_min(torch.finfo(T.dtype).tiny)
+        scale = (gradients.median() / gradients).clamp_max(1)
+        descend([T], batches, cost, learning_rate or 0.07 / math.sqrt(len(Q)), "learning the rotation")
     finally:
-        model.requires_grad_(True)
-    return torch.linalg.qr(start + N @ (B * scale).detach().double()).Q
+        for W in trained:
+            W.requires_grad_(True)
+    return torch.linalg.qr(Q_0 + K @ (T * scale).detach().double()).Q
 
 
 @contextlib.contextmanager
 def projected(model, Q: Tensor):
     """Inside, a fused model computes what `rotate(model, Q)` would make of it, with no weight rewritten.
 
-    Its signal stays in D dimensions: Z Q Q^T is written instead of Z.
+    Its signal keeps all D dimensions: Z Q Q^T is added instead of Z.
     """
-    P, of_layers = (Q @ Q.T).to(model.dtype), {of_layer[0].layer: of_layer for of_layer in stages_by_layer(model)}
+    QQ = (Q @ Q.T).to(model.dtype)
+    of_layer = {stages_of_layer[0].layer: stages_of_layer for stages_of_layer in stages_by_layer(model)}
 
     def forward(layer, X, *args, **kwargs):
-        for stage in of_layers[layer]:
-            X = X + stage(X, *args, **kwargs) @ P
+        for stage in of_layer[layer]:
+            X = X + stage(X, *args, **kwargs) @ QQ
         return X
 
     with contextlib.ExitStack() as hooks:
-        for embedding in embeddings(model):
-            hooks.enter_context(embedding.register_forward_hook(lambda module, inputs, X: X @ P))
-        hooks.enter_context(layers_do(forward, model))
+        for W_embd in embeddings(model):
+            hooks.enter_context(W_embd.register_forward_hook(lambda module, inputs, X: X @ QQ))
+        hooks.enter_context(replaced_layers(model, forward))
         yield
 
 
 @torch.no_grad()
 def tie_head(model, calibration: Tensor | None = None):
-    """Gives a model, in place, the embedding's matrix back as its head, with a small matrix B in front.
+    """Gives a model, in place, the embedding's matrix back as its head, with a small matrix in front.
 
     Fusing and slicing leave a head W (d, V) that is no longer the embedding E (V, d), but is still made of it:
-    W ~ B E^T with B = W P E (E^T P E)^-1 (d, d), a least squares fit over the vocabulary. The diagonal P weighs each
+    W ~ A E^T with A = W P E (E^T P E)^-1 (d, d), a least squares fit over the vocabulary. The diagonal P weighs each
     token by its share of the calibration tokens, if there are any, plus 1 / V. For models whose embedding and head
     were one matrix; a small model has much of its size there. Fuses it if need be; a head that is tied stays.
     """
     fuse(model)
     if model.config.slicegpt.get("tied"):
         return
-    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-    E, W = matrix(embedding), matrix(lm_head)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    E, W = matrix(embedding), matrix(head)
     PE = E / len(E)
     if calibration is not None:
         PE += torch.bincount(calibration.flatten(), minlength=len(E)).to(E)[:, None] / calibration.numel() * E
-    B = nn.Linear(len(W), E.shape[1], bias=False, dtype=model.dtype, device=model.device)
-    set_matrix(B, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True), None)
+    A = nn.Linear(len(W), E.shape[1], bias=False, dtype=model.dtype, device=model.device)
+    set_matrix(A, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True))
     path = architecture(model.config).norm
-    model.set_submodule(path, nn.Sequential(model.get_submodule(path), B))
-    lm_head.in_features, lm_head.weight = E.shape[1], embedding.weight
-    model.config.slicegpt["tied"] = model.config.tie_word_embeddings = True
+    model.set_submodule(path, nn.Sequential(model.get_submodule(path), A))
+    head.in_features, head.weight = E.shape[1], embedding.weight
+    model.config.slicegpt["tied"] = True
+    model.config.tie_word_embeddings = True
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 @torch.no_grad()
 def standard(model) -> tuple[PreTrainedModel, str]:
-    """A sliced model as one of Hugging Face's own class, equal to it, and ""; or the model, and why there is none.
+    """(A sliced model as one of Hugging Face's own class, equal to it, ""); or (the model, why there is none).
 
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
     |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
-    sqrt(d / D), in place, and the norms get a scale of sqrt(D / d). The given model is then used up. LayerNorms do the
-    same to a signal whose mean is 0: so where there are some, the signal is first rotated into one dimension more, see
-    `mean_free`, unless its mean is 0 already.
+    sqrt(d / D), in place, and the norms get a weight of sqrt(D / d). A LayerNorm does the same to a signal whose mean
+    is 0: for that, the signal is first rotated into one dimension more (`mean_free`), if its mean is not 0 already.
+    The given model is used up, unless it is returned.
     """
-    shape, parts, config = model.config.slicegpt, architecture(model.config), model.config
-    for reason, holds in (("it has shortcuts", shape["shortcuts"]),
-                          ("its head is tied through a matrix of its own", shape.get("tied")),
-                          ("its norms are LayerNorms, which subtract a mean",
-                           not parts.zero_mean and not hasattr(config, "rms_norm_eps"))):
-        if holds:
-            return model, reason
-    d, W, H = shape["dimensions"][0], matrix(model.get_input_embeddings()), None
-    if parts.zero_mean and (W.is_meta or W.mean(1).abs().max() > 1e-3 * W.abs().mean()):
+    shape, parts, D = model.config.slicegpt, architecture(model.config), model.config.hidden_size
+    if shape["shortcuts"]:
+        return model, "it has shortcuts"
+    if shape.get("tied"):
+        return model, "its head is tied through a matrix of its own"
+    if not parts.mean_free and not hasattr(model.config, "rms_norm_eps"):
+        return model, "its norms are LayerNorms, which subtract a mean"
+    W_embd, d, H = matrix(model.get_input_embeddings()), shape["dimensions"][0], None
+    if parts.mean_free and (W_embd.is_meta or W_embd.mean(1).abs().max() > 1e-3 * W_embd.abs().mean()):
         d, H = d + 1, mean_free(d)
     try:
-        config = stock_config(config, d)
+        config = stock_config(model.config, d)
     except Exception as error:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
+    if H is not None:
+        rotate(model, H)
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
-    if H is not None:
-        rotate(model, H)
-    scale, weights = math.sqrt(model.config.hidden_size / config.hidden_size), model.state_dict()
-    expected = stock.state_dict()
-    for fused, pieces in (("qkv_proj", "q_proj k_proj v_proj"), ("gate_up_proj", "gate_proj up_proj")):
-        for name in [name for name in weights if fused in name and name not in expected]:  # a Phi-3 as a Mistral
-            names = [name.replace(fused, piece) for piece in pieces.split()]
-            weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
-    # where beta of a LayerNorm became a bias that the stock class has not, its LayerNorms have a bias of 1: on that, as
-    # on the signal, W_in is 0, and so it can have any bias in its mean
-    biases = [name for name in weights.keys() - expected.keys() if parts.zero_mean and name.endswith("bias")]
-    for name in biases:
-        W = weights[name.removesuffix("bias") + "weight"]
-        weights[name.removesuffix("bias") + "weight"] = W + weights.pop(name)[:, None] / config.hidden_size
-    for name in expected.keys() - weights.keys():  # our norms have no scale, and a Qwen2's attention no last bias
-        value = float(bool(biases)) if name.endswith("bias") else scale - parts.norm_offset
-        weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
-    if {name: W.shape for name, W in weights.items()} != {name: W.shape for name, W in expected.items()}:
+    scale = math.sqrt(D / d)
+    weights = stock_weights(model, stock.state_dict(), scale)
+    if weights is None:
         if H is not None:
             rotate(model, H.T)  # back
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
-    # Gemma multiplies by the square root of its hidden size what comes out of its embedding: that is sqrt(d/D) less
-    writers = [embedding for embedding in embeddings(model) if not hasattr(embedding, "embed_scale")]
-    for module in writers + [linear for stage in stages(model) for linear in stage.writers]:
+    # Gemma multiplies by the square root of its hidden size what comes out of its embedding: that is sqrt(d / D) less
+    writers = [W_embd for W_embd in embeddings(model) if not hasattr(W_embd, "embed_scale")]
+    for module in writers + [W_out for stage in stages(model) for W_out in stage.writers]:
         for parameter in (module.weight, getattr(module, "bias", None)):
             if parameter is not None:
                 parameter.copy_(parameter.double() / scale)
-    if parts.norm + ".weight" not in expected:  # Olmo's norms have none: what reads behind them is multiplied
-        for module in [model.get_output_embeddings(), *(linear for stage in stages(model) for linear in stage.readers)]:
+    if parts.norm + ".weight" not in stock.state_dict():  # OLMo's norms have none: what reads them is multiplied
+        for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
             module.weight.mul_(scale)
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
@@ -1099,11 +1130,33 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     return stock.to(model.device), ""
 
 
+def stock_weights(model, expected: dict, scale: float) -> dict | None:
+    """A sliced model's weights under the names of the stock class, `expected`; None if they have other shapes there."""
+    weights, width = model.state_dict(), model.config.slicegpt["dimensions"][0]
+    for fused, pieces in (("qkv_proj", "q_proj k_proj v_proj"), ("gate_up_proj", "gate_proj up_proj")):
+        for name in [name for name in weights if fused in name and name not in expected]:  # a Phi-3 as a Mistral
+            names = [name.replace(fused, piece) for piece in pieces.split()]
+            weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
+    # beta of a LayerNorm became a bias b of W_in, which the stock class may lack. With a LayerNorm bias of 1, it reads
+    # x + 1 instead of x. Both x and the rows of W_in have mean 0, so (W_in + b 1^T / d)(x + 1) = W_in x + b
+    lacking = [name for name in weights.keys() - expected.keys()
+               if architecture(model.config).mean_free and name.endswith("bias")]
+    for name in lacking:
+        W = weights[name.removesuffix("bias") + "weight"]
+        weights[name.removesuffix("bias") + "weight"] = W + weights.pop(name)[:, None] / width
+    offset = architecture(model.config).norm_offset
+    for name in expected.keys() - weights.keys():  # of norms; and a Qwen2's attention has one bias less than a Llama's
+        value = scale - offset if not name.endswith("bias") else 1.0 if lacking else 0.0
+        weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
+    same = {name: W.shape for name, W in weights.items()} == {name: W.shape for name, W in expected.items()}
+    return weights if same else None
+
+
 def mean_free(d: int) -> Tensor:
     """(d, d + 1), with orthonormal rows of mean 0: rotates any signal into d + 1 dimensions in which its mean is 0.
 
-    So a LayerNorm finds no mean to subtract. H is the reflection that takes e_1 to 1 / sqrt(d + 1); all its other rows
-    are orthogonal to the vector of ones.
+    So a LayerNorm finds no mean to subtract. H is the (Householder) reflection that takes e_1 to the unit vector of
+    equal entries; all its other rows are orthogonal to that.
     """
     v = torch.eye(d + 1, dtype=torch.float64)[0] - (d + 1) ** -0.5
     H = torch.eye(d + 1, dtype=torch.float64) - 2 * torch.outer(v, v) / (v @ v)
@@ -1111,22 +1164,19 @@ def mean_free(d: int) -> Tensor:
 
 
 def stock_config(config, d: int):
-    """The config of a network like this with a hidden size of d, as a Llama or a Mistral, which most programs run.
-
-    Llama's own class refuses a d that is no multiple of its heads; a Mistral without windows is the same. A Qwen2 is a
-    Llama with biases, and a Phi-3 a Mistral whose matrices are in one piece. The others stay what they are. Raises what
-    transformers raises of a shape that it does not like.
+    """The config of a network like this with a hidden size of d: a Llama's or a Mistral's if possible, as most programs
+    run those, else its own family's. Raises what transformers raises of a shape that it does not allow.
     """
     values, kind, heads = config.to_dict(), config.model_type, config.num_attention_heads
     values |= {"hidden_size": d, "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads}
     for key in ("slicegpt", "auto_map", "architectures", "model_type"):
         values.pop(key, None)
-    if kind == "qwen2" and d % heads == 0 and "sliding_attention" not in config.layer_types:
+    if kind == "qwen2" and d % heads == 0 and "sliding_attention" not in config.layer_types:  # a Llama with biases
         kind, values["attention_bias"] = "llama", True
-    elif kind == "llama" and d % heads and not (config.attention_bias or config.mlp_bias):
+    elif kind == "llama" and d % heads and not (config.attention_bias or config.mlp_bias):  # which a Llama may not have
         kind, values["sliding_window"] = "mistral", None
     elif kind == "phi3" and config.rope_parameters.get("partial_rotary_factor", 1) == 1 and (
-            config.rope_parameters["rope_type"] != "longrope"):  # whose cache no other class renews
+            config.rope_parameters["rope_type"] != "longrope"):  # a Mistral whose matrices are in one piece
         kind = "mistral"
     if kind != config.model_type:
         values = {key: values[key] for key in AutoConfig.for_model(kind).to_dict().keys() & values.keys()}
@@ -1136,16 +1186,18 @@ def stock_config(config, d: int):
 def dimension_for(config, params: float, round_to: int, rotation: str = "block", head: str = "sliced") -> int:
     """The largest d, a multiple of `round_to`, whose sliced network has at most the share `params` of all parameters.
 
-    The networks are sliced on the meta device, so all of them is counted and nothing is computed. Raises SliceGPTError,
+    They are counted in networks that are sliced on the meta device, where there are shapes only. Raises SliceGPTError,
     with what can be had, if there is none.
     """
-    def share_of(d) -> float:
+    def share_of(d) -> float:  # grows with d, so the largest can be found by bisection
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-            dense, Q = parameters(model), torch.empty(config.hidden_size, d)
-            last = torch.empty(config.hidden_size, config.hidden_size) if head == "full" else Q
-            shared = Q[:, :directions(config, d, head)]
-            rotate(model, shared if rotation == "shared" else [Q] * len(stages(model)) + [last])
+            dense, D = parameters(model), config.hidden_size
+            if rotation == "shared":
+                rotate(model, torch.empty(D, directions(config, d, head)))
+            else:
+                last = torch.empty(D, D if head == "full" else d)
+                rotate(model, [torch.empty(D, d)] * len(stages(model)) + [last])
             if head == "tied":
                 tie_head(model)
             return parameters(standard(model)[0]) / dense
@@ -1159,20 +1211,19 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
 
 
 def directions(config, d: int, head: str) -> int:
-    """How many directions to keep for a width of d in the end: one less where `standard` adds one."""
-    return d - (architecture(config).zero_mean and head != "tied")
+    """How many columns of one shared Q to keep for d dimensions in the end: one less, if `standard` adds one."""
+    return d - 1 if architecture(config).mean_free and head != "tied" else d
 
 
 # ---- Several processes (torchrun) -----------------------------------------------------------------------------------
-
 #
-# Each process passes its own part of the samples to every function above. What crosses processes is a sum, of
-# covariances or losses or gradients, and the Q of the first.
+# Each process passes its own part of the samples to every function. What crosses processes is a sum, of covariances,
+# losses or gradients; and the first process's Q.
 
 def share(samples: Tensor, even: bool = False) -> Tensor:
-    """This process's part of the samples; all, if there are too few: more of the same changes no Q and no mean.
+    """This process's part of the samples; all of them, if there are too few: that only scales a sum of all.
 
-    even: all parts have the same length, so that all processes take as many steps; some samples may come twice.
+    even: all parts are of one length, so that all processes take as many steps; some samples may come twice.
     """
     if not dist.is_initialized() or len(samples) < dist.get_world_size():
         return samples
@@ -1189,7 +1240,7 @@ def total(C: Tensor) -> Tensor:
 
 
 def agreed(Q: Tensor) -> Tensor:
-    """The first process's Q, in all of them: what each computes of the same C may differ in the last bits."""
+    """The first process's Q, in all of them."""
     if dist.is_initialized():
         Q = Q.contiguous()
         dist.broadcast(Q, 0)
@@ -1197,7 +1248,7 @@ def agreed(Q: Tensor) -> Tensor:
 
 
 def all_samples(mine: Tensor) -> Tensor:
-    """The samples of all processes, in each of them, if each has its `share`."""
+    """The samples of all processes, in the order that they had before `share`."""
     if not dist.is_initialized():
         return mine
     everywhere = mine.new_zeros(total(torch.tensor(len(mine))), *mine.shape[1:])
@@ -1215,12 +1266,10 @@ FOLDER: ContextVar[Path | None] = ContextVar("where `larger_than_memory` has its
 
 @contextlib.contextmanager
 def larger_than_memory(path: Path):
-    """Inside, new weights and signals are in files in the directory `path`, or next to what is to become that.
-
-    The files have no names; they go with the tensors. On Linux, freed matrices go back to the system at once.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+    """Inside, new weights and signals are in nameless files, in the directory `path` or where that is going to be."""
+    M_MMAP_THRESHOLD = -3
+    with contextlib.suppress(OSError, AttributeError):  # glibc only: freed matrices go back to the system at once
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     token = FOLDER.set(path if path.exists() else path.parent)
     try:
         yield
@@ -1246,7 +1295,7 @@ def allocate(shape, dtype) -> Tensor:
 
 
 def stored(W: Tensor, like: Tensor) -> Tensor:
-    """A copy of W, contiguous, in the dtype and on the device of `like`; on a CPU, where `allocate` says."""
+    """A contiguous copy of W, in the dtype and on the device of `like`; on a CPU, it is from `allocate`."""
     if like.device.type == "cpu" and not W.is_meta:
         return allocate(W.shape, like.dtype).copy_(W.detach())
     return W.detach().to(like.device, like.dtype, copy=True).contiguous()
@@ -1265,7 +1314,7 @@ class SlicedForCausalLM:
     _keys_to_ignore_on_load_unexpected = [r"(norm|ln_f)\.weight$"]  # see `save_pretrained`
 
     def __init__(self, config, *args, **kwargs):
-        config = copy.deepcopy(config)  # of a dense model, until this one is sliced and its weights are quantised
+        config = copy.deepcopy(config)  # transformers shall build a dense model, in its own type
         shape, quantised = (vars(config).pop(name, None) for name in ("slicegpt", "quantization_config"))
         super().__init__(config, *args, **kwargs)
         fuse(self)  # transformers builds models without data, on the meta device: these lines only set shapes
@@ -1279,8 +1328,8 @@ class SlicedForCausalLM:
     def save_pretrained(self, path, *args, **kwargs):
         """Hugging Face's own; and this file, which AutoModelForCausalLM runs to load the model again.
 
-        Where nothing was deleted, transformers' own class could load the weights, too, and would leave out the
-        shortcuts. So the last norm is saved with a weight of no size, at which that class stops, and ours does not.
+        The last norm gets a weight of no size: Hugging Face's own class stops there, instead of loading the model
+        without its shortcuts.
         """
         if kwargs.get("push_to_hub"):
             raise SliceGPTError("it would lack slicegpt.py on the hub: use push_to_hub() of the model")
@@ -1299,7 +1348,7 @@ class SlicedForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class):
-        """Called by AutoModelForCausalLM, for transformers to copy the class's file; `save_pretrained` does."""
+        """Nothing is to do when AutoModelForCausalLM calls this: `save_pretrained` copies the file."""
 
 
 @cache
@@ -1314,16 +1363,25 @@ def blank(base: type):
 
 
 def become_sliced(model):
-    """Gives a model that has just been fused, in place, the class and the config of a sliced one with all dimensions."""
+    """Turns a dense model, in place, into one of the class SlicedForCausalLM, which `fuse` completes.
+
+    The head gets a matrix of its own. Raises SliceGPTError, before anything changes, if this file cannot slice it.
+    """
+    if hasattr(model, "peft_config"):
+        raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
+    if any(isinstance(module, RMSNorm) for module in model.modules()):
+        raise SliceGPTError("an error left it half fused or half rotated: load it again")
+    check_row(model)
     shared, config = model.config, copy.deepcopy(model.config)
     for module in model.modules():  # other models may have been made from the same config
         if getattr(module, "config", None) is shared:
             module.config = config
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach())  # and `set_matrix` never writes into an old tensor
     config.tie_word_embeddings = False
+    config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     model.all_tied_weights_keys = {}  # else transformers would tie head and embedding again when it saves
     model._weight_conversions = []  # nor may it save under names that only the dense model's class understands
-    config.slicegpt = {"dimensions": [config.hidden_size] * (1 + len(stages(model))), "shortcuts": False}
-    config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     if not isinstance(model, SlicedForCausalLM):
         model.__class__ = sliced_class(type(model))
 
@@ -1335,8 +1393,8 @@ def load(name, dtype="auto", device="cpu", **options):
     a model to use and not to slice, which then goes wherever accelerate finds room. Raises SliceGPTError if there is no
     such model, and, before its weights are read, if it cannot be sliced.
     """
-    config, tokenizer, path, files = describe(name, **{key: options[key] for key in ("revision", "token", "cache_dir")
-                                                       if key in options})
+    of_hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    config, tokenizer, path, files = describe(name, **of_hub)
     if name == "demo" and not path.exists():
         model = train_demo(config, tokenizer)
         try:
@@ -1352,13 +1410,13 @@ def load(name, dtype="auto", device="cpu", **options):
         model, found = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **files, **options)
         if missing := found["missing_keys"]:  # transformers would go on with random ones
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
-        if hasattr(config, "slicegpt") and (unknown := found["unexpected_keys"]):  # or without these
+        if hasattr(config, "slicegpt") and (unknown := found["unexpected_keys"]):  # it would go on without these
             raise ValueError(f"{len(unknown)} weights are not known, among them {min(unknown)}")
         return model if "device_map" in options else model.to(device), tokenizer
 
 
 def describe(name, **options) -> tuple:
-    """(config, tokenizer, path, how to call a .gguf file) of what `load` takes; reads and trains no weights."""
+    """(config, tokenizer, path, from_pretrained's option for a .gguf file) of what `load` takes; reads no weights."""
     path, files = str(name), {}
     if path == "demo":
         cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "slicegpt")
@@ -1410,11 +1468,10 @@ def unfinished(path: Path) -> Path:
         path = Path(path).resolve()
         folder = path.with_name(f".{path.name}.{os.getpid()}")
         if path.exists():
-            folder, there = path / f".unfinished.{os.getpid()}", {file.name for file in path.iterdir()}
-            begun = {name for name in there if name.startswith(".unfinished")}
-            if there - begun and (not begun or "config.json" in there):  # else a process died while it moved files here
+            folder = path / f".unfinished.{os.getpid()}"
+            if any(not file.name.startswith(".unfinished") for file in path.iterdir()):
                 raise OSError("it exists and is not an empty directory")
-        shutil.rmtree(folder, ignore_errors=True)  # a process died while it wrote
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier process died
         folder.mkdir(parents=True)
         return folder
 
@@ -1448,7 +1505,7 @@ def complete(folder: Path, source: str):
 
 
 def optional(package: str):
-    """A package that only some uses need. (transformers wants all that an `import` in a model's own file names.)"""
+    """A package that only some uses need."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -1458,7 +1515,7 @@ def optional(package: str):
 
 @contextlib.contextmanager
 def failing(what: str, hint: str = ""):
-    """Inside, whatever goes wrong is said in one line: files from elsewhere, and disks, can be wrong in many ways."""
+    """Inside, any exception becomes a SliceGPTError: files from elsewhere, and disks, can be wrong in many ways."""
     try:
         yield
     except SliceGPTError:
@@ -1470,8 +1527,8 @@ def failing(what: str, hint: str = ""):
 
 
 def first_line(error: Exception) -> str:
-    first, *others = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join([first, *others[:first.endswith(":")]]).rstrip(".")
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
 
 
 def untrained_demo() -> tuple:
@@ -1592,40 +1649,42 @@ def prepare(args):
 
     It adds d, the sliced dimension (None where each signal has its own), and finetune_tokens.
     """
+    if args.learn:
+        args.rotation = "shared"
+    by_variance = args.discard_variance is not None
+    if args.rotation == "shared" and (args.head == "full" or by_variance or args.signal == "output"):
+        raise SliceGPTError("one rotation has one dimension throughout, from the dense network: it goes with neither "
+                            "--head full, --discard-variance nor --signal output")
+    if args.stream and (not args.save or args.learn or dist.is_initialized()):
+        raise SliceGPTError("--stream needs --save, and goes with neither --learn nor torchrun")
+    if args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")):
+        raise SliceGPTError("--stream needs .safetensors files, which can be mapped into memory, and "
+                            f"{args.model} has none")
+    if args.finetune:
+        optional("peft")
     read_inputs(args)
-    config, sliced, by_variance = args.config, args.calibration_tokens is None, args.discard_variance is not None
-    args.rotation = "shared" if args.learn else args.rotation
-    shared = args.rotation == "shared"
-    way = args.sparsity, args.params, args.discard_variance, args.round_to, args.head, args.signal, args.rotation
-    for wrong, message in (
-            (shared and (args.head == "full" or by_variance or args.signal == "output"),
-             "one rotation has one dimension throughout, from the dense network: it goes with neither --head full, "
-             "--discard-variance nor --signal output"),
-            (args.stream and (not args.save or args.learn or dist.is_initialized()),
-             "--stream needs --save, and goes with neither --learn nor torchrun"),
-            (args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")),
-             f"--stream needs .safetensors files, which can be mapped into memory, and {args.model} has none"),
-            (sliced and way != (None, None, None, 8, "sliced", "input", "block"),
-             f"{args.model} is sliced already; it can be measured as it is, and fine-tuned"),
-            (not sliced and args.head == "tied" and not config.tie_word_embeddings,
-             "--head tied is for models whose head and embedding are one matrix")):
-        if wrong:
-            raise SliceGPTError(message)
-    check_width(config, sliced or args.head != "full" and not by_variance)
-    args.d = None
-    if args.params is not None:
-        args.d = dimension_for(config, args.params, args.round_to, args.rotation, args.head)
-    elif not sliced and not by_variance:
-        args.d = sliced_dimension(config.hidden_size, 0.25 if args.sparsity is None else args.sparsity, args.round_to)
-    args.sparsity = args.d and 1 - args.d / config.hidden_size
+    config, args.d = args.config, None
+    if args.calibration_tokens is None:
+        asked = [getattr(args, name) for name in ("sparsity", "params", "discard_variance", "learn")]
+        if any(value is not None for value in asked) or args.rotation == "shared" or args.head != "sliced":
+            raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
+    else:
+        if args.head == "tied" and not config.tie_word_embeddings:
+            raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
+        check_width(config, args.head != "full" and not by_variance)
+        if args.params is not None:
+            args.d = dimension_for(config, args.params, args.round_to, args.rotation, args.head)
+        elif not by_variance:
+            sparsity = 0.25 if args.sparsity is None else args.sparsity
+            args.d = sliced_dimension(config.hidden_size, sparsity, args.round_to)
+        args.sparsity = None if args.d is None else 1 - args.d / config.hidden_size
     with failing(f"cannot continue the prompt {args.prompt!r}"):
         check_tokens(config, torch.tensor(args.tokenizer(args.prompt).input_ids))
     if args.finetune:
-        optional("peft")
         tokens = tokenize(args.tokenizer, read_text(args.calibration, False), min(1024, positions(config)),
                           args.finetune, args.seed)
         args.finetune, args.finetune_tokens = len(tokens), share(tokens, even=True)
-    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # if so, it fails now
+    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # and say so now
         config.save_pretrained(folder)
         args.tokenizer.save_pretrained(folder)
         complete(Path(folder), args.tokenizer.name_or_path)
@@ -1640,13 +1699,13 @@ def run(args):
     """The program: load, measure, slice, measure again, fine-tune, measure again, save, print."""
     prepare(args)
     model, _ = load(args.model, "auto" if args.stream else args.dtype)
-    figures, why = {}, "it was sliced before"
+    figures, not_standard = {}, "it was sliced before"
     with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
         if args.stream and args.dtype != "auto":
             map_as(model, args.dtype)
         if args.calibration_tokens is not None:
             figures["dense"] = measure(args, model)
-            model, why = slice_as_asked(args, model)
+            model, not_standard = slice_as_asked(args, model)
         try:
             figures["sliced"] = measure(args, model)
             if args.finetune:
@@ -1658,8 +1717,10 @@ def run(args):
                     save(model, args.tokenizer, args.save)
                 report(args, figures)
                 if args.save:
-                    print(f"\nsaved to {args.save}, " + (f"to load with trust_remote_code=True, as {why}" if why else
-                                                         f"an ordinary {model.config.model_type} model"))
+                    kind = f"an ordinary {model.config.model_type} model"
+                    if not_standard:
+                        kind = f"to load with trust_remote_code=True, as {not_standard}"
+                    print(f"\nsaved to {args.save}, {kind}")
 
 
 def measure(args, model) -> dict:
@@ -1742,7 +1803,7 @@ def peak_memory(device) -> int:
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, or 2 after one line on standard error for what the user can mend."""
+    """The exit code: 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))

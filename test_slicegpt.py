@@ -459,7 +459,7 @@ def test_equation_8_accumulates_in_double_precision():
     for narrow in (X.half(), X.bfloat16()):  # which lose nothing beyond their own rounding
         assert torch.equal(covariance(narrow), covariance(narrow.float()))
     X = torch.tensor([2.0**12, 2.0**-12]).view(2, 1, 1)  # the squares are 48 bits apart; float32 has 24
-    C = slicegpt.total_covariance(nn.Identity(), X, None, batch_size=1, device=torch.device("cpu"))
+    C = slicegpt.covariance_of(X, nn.Identity(), None, batch_size=1, device=torch.device("cpu"))
     assert C.dtype == torch.float64 and C.item() == 2.0**24 + 2.0**-24
 
 
@@ -710,6 +710,7 @@ def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, way, dty
     tokens = random_tokens(4, 12).repeat(16, 1)  # what can be learned by heart
     mild(model).get_output_embeddings().weight.data *= 4
     model, _ = standard(slice_by(model, way, tokens).to(dtype))
+    next(model.parameters()).requires_grad_(False)  # it stays frozen
     before, config, state = copy.deepcopy(model), model.config.to_dict(), torch.get_rng_state()
     finetune(model, tokens, learning_rate=3e-3)
     assert perplexity(model, tokens[:4]) < perplexity(before, tokens[:4])
@@ -717,7 +718,7 @@ def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, way, dty
     weights, old = model.state_dict(), before.state_dict()
     for (name, W), (old_name, old_W) in zip(weights.items(), old.items(), strict=True):
         assert (name, W.shape, W.dtype) == (old_name, old_W.shape, old_W.dtype)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [W.requires_grad for W in model.parameters()] == [W.requires_grad for W in before.parameters()]
     changed = [name.split(".")[-2] for name in weights if not torch.equal(weights[name], old[name])]
     inside = [name for stage in stages(model) for block in stage.blocks for name in block.W_in.split()]
     assert changed and set(changed) <= {name.rpartition(".")[2] for name in inside} | {"fc2"}  # peft's default for Phi
@@ -825,7 +826,8 @@ def test_a_learned_rotation_costs_the_output_less(model, seed):
     Q, again, other = (learn_rotation(model, tokens, start, 1, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(Q, again) and not torch.equal(Q, other)
     assert same_weights(model, before.state_dict())
-    assert all(W.requires_grad and W.grad is None for W in model.parameters())
+    assert [W.requires_grad for W in model.parameters()] == [W.requires_grad for W in before.parameters()]
+    assert all(W.grad is None for W in model.parameters())
 
 
 @every_family(batches(), SEEDS)
@@ -877,7 +879,7 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
     d = sliced_dimension(D, sparsity, 2)
     with Double():
         Q = shared_rotation(model, random_tokens(8, 12))[:, :d]
-    if architecture(model.config).zero_mean:  # then `standard` adds one dimension
+    if architecture(model.config).mean_free:  # then `standard` adds one dimension
         Q = Q[:, :-1]
     rotate(model, Q)
     expected = logits(model, batch)
@@ -921,7 +923,7 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
     def size(d):
         sliced = copy.deepcopy(model)
         Q = [torch.eye(D)[:, :d]] * (1 + len(stages(model)))
-        if shared and head != "tied" and architecture(config).zero_mean:
+        if shared and head != "tied" and architecture(config).mean_free:
             rotate(sliced, Q[0][:, 1:])
         else:
             rotate(sliced, Q[0] if shared else Q[:-1] + [torch.eye(D)] if head == "full" else Q)
@@ -1448,7 +1450,7 @@ def test_a_class_that_only_looks_like_a_known_one_is_refused_and_stays_as_it_was
 def test_a_model_that_was_left_half_fused_is_refused(monkeypatch):
     model = tiny_network()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(slicegpt, "become_sliced", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(slicegpt, "note_shape", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         fuse(model)
     with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
         fuse(model)
