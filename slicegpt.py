@@ -497,7 +497,8 @@ class Stage:
 
     def __call__(self, X: Tensor, *args, **kwargs) -> Tensor:
         """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
-        normalised = {path: self.layer.get_submodule(path)(X) for path in {block.norm for block in self.blocks}}
+        paths = dict.fromkeys(block.norm for block in self.blocks)  # in order: gradients are added up in it
+        normalised = {path: self.layer.get_submodule(path)(X) for path in paths}
         Z_of_blocks = []
         for block in self.blocks:
             Z = normalised[block.norm]
