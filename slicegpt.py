@@ -10,10 +10,10 @@ Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). In three 
 3. Each block has its own principal components. So the residual connection is multiplied by a *shortcut* matrix, which
    takes the signal from the basis of one block to the basis of the next (Figure 4).
 
-The paper's sections 2 and 3 come first, up to the table of architectures: fuse a model (3.2), then rotate it (3.1) by
-matrices Q that also slice it (3.3, 3.4). Only `Stage`, right after the table, belongs to them, too: it knows which
-modules of a Hugging Face model are a block, and calls them. All the rest can wait: the experiments of section 4, what
-goes beyond the paper, and what a program needs (several processes, files, the command line).
+The paper's sections 2 and 3 come first, some 280 lines: fuse a model (3.2), then rotate it (3.1) by matrices Q that
+also slice it (3.3, 3.4). They lean on what stands next, "Where an architecture keeps its parts": `stages`, `matrix`,
+`set_matrix`, `embed`, which know the modules of Hugging Face's models, and the bookkeeping of `rotations` and
+`take_shape`. All the rest can wait: the experiments of section 4, what goes beyond the paper, and what a program needs.
 
     name (shape)    what                                                                            in the paper
     D, d            width of the signal: dense (the embedding dimension), and sliced                 2, 3.4
@@ -29,12 +29,16 @@ goes beyond the paper, and what a program needs (several processes, files, the c
     Q_in, Q_out     the Q of the signal before a block, Q_{l-1}, and of the one after it, Q_l        Figure 4
     S (d, d)        a shortcut, Q_in^T Q_out                                                         Figure 4
     C (D, D)        the covariance of a signal; its eigenvectors are Q                               Eq. 8
-    stage           one step X <- X + Z: a block, attention or FFN; or both blocks of a parallel layer, such as Phi-2's
+    stage           lines 4 and 5: one block, or both blocks of a parallel layer, such as Phi-2's            Algorithm 1
+    reader, writer  a module that has a W_in or W_head; one that has a W_out or W_embd
+    shape           config.slicegpt: the widths of all signals, whether there are shortcuts; a fused model has one
+    total, agreed   with several processes: the sum over them, and the value of the first
 
-A weight W multiplies from the right, as in the paper: `matrix(module)` gives it so, in float64, though torch stores the
-transpose. From Python, with transformers 5.24 or newer (calibration: int64 tokens (samples, N)):
+A weight W multiplies from the right, as in the paper: `matrix(module)` gives it so, in float64, though a Linear stores
+the transpose. The calibration signal is (samples, N, D). From Python, with transformers 5.24 or newer:
 
     model, tokenizer = load("facebook/opt-125m")
+    calibration = tokenize(tokenizer, read_text("wikitext2", evaluation=False), seqlen=2048, samples=128, seed=0)
     slice_model(model, calibration, sparsity=0.25)
     save(model, tokenizer, "opt-125m-sliced")
 
@@ -49,7 +53,7 @@ import contextlib
 import copy
 import ctypes
 import glob
-import importlib  # for packages that only some uses need: transformers wants all that this file imports
+import importlib
 import itertools
 import json
 import logging
@@ -84,14 +88,14 @@ class SliceGPTError(ValueError):
     """An error that the user can fix, said in one line."""
 
 
-# a bar, after two seconds; at most every 20 s where the output is not a terminal
+# a bar for what takes over two seconds; it is drawn every 20 s at most where the output is not a terminal
 progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
 # ---- 2.1 The network ------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """x / sqrt(|x|^2 / D + eps): Eq. 1's RMSNorm times sqrt(D); alpha and beta have moved into the weights (3.2).
+    """x / sqrt(|x|^2 / D + eps): Eq. 1's RMSNorm times sqrt(D); M, alpha and beta have moved into the weights (3.2).
 
     D is the dense width, whatever the width d of X (.., d): deleted dimensions count as zeros.
     """
@@ -101,8 +105,8 @@ class RMSNorm(nn.Module):
         self.D, self.eps = D, eps
 
     def forward(self, X):
-        # torch's own norm is fast, and sums in float32; it divides |x|^2 by d instead of D. With kept = d / D:
-        # |x|^2 / D + eps = kept (|x|^2 / d + eps / kept)
+        # X / (|X|^2 / D + eps).sqrt(), by torch's fast norm, which divides by d instead of D:
+        # |x|^2 / D + eps = kept (|x|^2 / d + eps / kept), where kept = d / D
         kept = X.shape[-1] / self.D
         return F.rms_norm(X, X.shape[-1:], eps=self.eps / kept) / math.sqrt(kept)
 
@@ -110,14 +114,13 @@ class RMSNorm(nn.Module):
 def sliced_layer(stages_of_layer: list, X: Tensor, *args, **kwargs) -> Tensor:
     """Algorithm 1 for one layer with shortcuts (Figure 4, section 3.3): X (B, N, d_in) to (B, N, d_out).
 
-    It replaces the forward pass of Hugging Face's layer, whose own modules compute Z. args and kwargs: what the layer
-    gets besides X, such as masks and positions. In real models X itself is not normalised: the norm of Algorithm 1,
-    line 5, stands in line 4, in front of W_in. Dropout on Z is left out: it zeroes single coordinates, which does not
-    commute with a rotation.
+    `take_shape` makes it the forward pass of Hugging Face's layer, whose own modules compute Z. args and kwargs: masks,
+    positions, caches. Real models are pre-norm: the norm of line 5 comes first in line 4, and X itself is not
+    normalised. There is no dropout on Z: to zero single coordinates does not commute with a rotation.
     """
     for stage in stages_of_layer:  # attention, then the FFN; or one stage with both
         Z = stage(X, *args, **kwargs)  # line 4: sigma(RMSNorm(X) W_in + b_in) W_out + b_out
-        X = X @ stage.shortcut + Z  # line 5, where S takes X to the basis of Z
+        X = X @ stage.shortcut + Z  # line 5: S takes X to the basis of Z
     return X
 
 
@@ -132,13 +135,14 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
     the model is. Fuses the model if need be; a rotated model is rotated further. Raises SliceGPTError for a wrong
     number or shape of matrices.
 
-    If Q is an iterator, a matrix is taken when it is needed, so that two of them exist at a time. A stage has its old
-    weights until the Q after it is there. After an error halfway, load the model again.
+    An iterator is asked for the Q after a stage before that stage is rotated, and after all stages before it are. So
+    only two Qs exist at a time, and `principal_components` can still run the stage with its old weights. After an error
+    halfway, load the model again.
     """
     fuse(model)
-    shape, Qs = rotations(model, Q, device)  # one for each signal, in float64; the model has no shape until it ends
+    shape, Qs = rotations(model, Q, device)  # the new shape; and a Q for each signal, in float64
+    del model.config.slicegpt  # until all is rotated: a model that an error leaves halfway is refused by `fuse`
     Q_in = next(Qs)  # (D, d)
-    widths = [Q_in.shape[1]]
     for W_embd in embeddings(model):
         rotate_writer(W_embd, Q_in)  # Eq. 3
     for stage in stages(model):
@@ -147,16 +151,15 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
             rotate_reader(W_in, Q_in)  # Eq. 4
         for W_out in stage.writers:
             rotate_writer(W_out, Q_out)  # Eq. 5, 6
-        if shape["shortcuts"]:
+        if shape["shortcuts"]:  # with one Q for all signals, Q^T Q = I needs none
             rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
         Q_in = Q_out
-        widths.append(Q_out.shape[1])
     rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
-    note_shape(model, shape | {"dimensions": widths})
+    take_shape(model, shape)
 
 
 def rotate_writer(module, Q: Tensor):
-    """Eq. 3, 5 and 6: W_embd <- W_embd Q; W_out <- W_out Q, b_out <- Q^T b_out, which for a row is b_out Q."""
+    """Eq. 3, 5, 6: W_embd <- W_embd Q; W_out <- W_out Q; b_out <- b_out Q, as b_out is a row here, not a column."""
     b = getattr(module, "bias", None)
     set_matrix(module, matrix(module).to(Q) @ Q, None if b is None else b.to(Q) @ Q)
 
@@ -168,8 +171,8 @@ def rotate_reader(module, Q: Tensor):
 
 def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
     """Figure 4: S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity."""
-    S = stage.shortcut
-    stage.set_shortcut(Q_in.T @ (Q_out if S is None else S.to(Q_out) @ Q_out))
+    SQ = Q_out if stage.shortcut is None else stage.shortcut.to(Q_out) @ Q_out
+    stage.set_shortcut(Q_in.T @ SQ)
 
 
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
@@ -178,38 +181,38 @@ def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
 def fuse(model):
     """Section 3.2, Figure 3: turns every norm into an RMSNorm without scale, in place. The outputs do not change.
 
-    By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T. What is linear in it moves to its neighbours:
-    diag(alpha) and beta into the W_in after the norm, or into the head after the last norm; M into everything that
-    writes the signal. Hugging Face's RMSNorms have an alpha only. A head that shares the embedding's matrix gets one of
-    its own, as the two now differ. Arithmetic is in float64. A fused model stays as it is. Raises SliceGPTError, before
-    anything changes, if this file cannot slice such a model.
+    By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T; sqrt(D) stays, in our RMSNorm. diag(alpha) and
+    beta move into the W_in after the norm, or into the head after the last norm; M into everything that writes the
+    signal. A Hugging Face RMSNorm has only alpha. Arithmetic is in float64. A head that shares the embedding's matrix
+    gets one of its own, as the two now differ. A fused model stays as it is. Raises SliceGPTError, before anything
+    changes, if this file cannot slice such a model.
     """
     if hasattr(model.config, "slicegpt"):  # then it is fused
         return
-    become_sliced(model)  # or raises; the model's class and config change, and its head gets a matrix of its own
+    become_sliced(model)  # checks that it can be; mixes SlicedForCausalLM into its class; unties its head
     parts, D = architecture(model.config), model.config.hidden_size
     norm = model.get_submodule(parts.norm)
     for W_embd in embeddings(model):
-        fuse_writer(W_embd, norm)  # all norms of a model are of one kind
+        fuse_writer(W_embd, norm)
     for stage in stages(model):
         fuse_stage(stage, D)
     fuse_reader(model.get_output_embeddings(), norm, parts.norm_offset)
     model.set_submodule(parts.norm, without_scale(norm, D))
-    note_shape(model, {"dimensions": [D] * (1 + len(stages(model))), "shortcuts": False})
+    take_shape(model, {"dimensions": [D] * (1 + len(stages(model))), "shortcuts": False})
 
 
 def fuse_stage(stage, D: int):
-    """Figure 3 for one stage: its norm, or the norm of each of its parallel blocks, keeps no scale."""
-    for block, norm in stage.norms():
-        stage.layer.set_submodule(block.norm, without_scale(norm, D))  # first, so that an interruption is seen
-        for W_in in stage.readers_of(block):
+    """Figure 3 for one stage. Each of its blocks has a norm, which parallel blocks may share."""
+    for path, norm, readers, writers in stage.of_each_block():
+        stage.layer.set_submodule(path, without_scale(norm, D))  # first: so `fuse` sees it if this is interrupted
+        for W_in in readers:
             fuse_reader(W_in, norm, stage.norm_offset)
-        for W_out in stage.writers_of(block):
-            fuse_writer(W_out, norm)
+        for W_out in writers:
+            fuse_writer(W_out, norm)  # it is the next norm that reads W_out, but all norms of a model are of one kind
 
 
 def fuse_reader(module, norm, offset: float):
-    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in (of the old W_in). alpha is the norm's weight + offset."""
+    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in (the old one); alpha is the norm's weight, plus 1 in Gemma."""
     W, b = matrix(module), getattr(module, "bias", None)
     if getattr(norm, "bias", None) is not None:
         b = norm.bias.double() @ W + (0 if b is None else b)
@@ -219,18 +222,19 @@ def fuse_reader(module, norm, offset: float):
 
 
 def fuse_writer(module, norm):
-    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M. An RMSNorm subtracts no mean: then nothing is to do."""
+    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M; if the norm subtracts no mean, they stay."""
     if subtracts_mean(norm):
         W, b = matrix(module), getattr(module, "bias", None)
         set_matrix(module, W - W.mean(-1, True), None if b is None else b.double() - b.double().mean(-1, True))
 
 
 def subtracts_mean(norm) -> bool:
-    return "LayerNorm" in type(norm).__name__  # each family has its own class, and calls the others RMSNorm
+    """By its name: each family has classes of its own, ..LayerNorm.. or ..RMSNorm.., and the former do."""
+    return "LayerNorm" in type(norm).__name__
 
 
 def without_scale(norm, D: int) -> RMSNorm:
-    """An RMSNorm with the eps of a norm of Hugging Face's, which has one of two names; OLMo's has none, but torch's."""
+    """Our RMSNorm, with a norm's eps or variance_epsilon; OLMo's class has neither, and uses 1e-5."""
     return RMSNorm(D, getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
@@ -257,23 +261,23 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
         raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
     device, D = torch.device(device or model.device), model.config.hidden_size
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
-    one_width = d == D or (d is not None and head == "sliced")
-    check_sliceable(model.config, calibration, one_width)
+    check_sliceable(model.config, calibration, widths_equal=d == D or (d is not None and head == "sliced"))
     fuse(model.eval())
 
     def width(eigenvalues: Tensor) -> int:
-        return d or dimension_by_variance(eigenvalues, discard_variance, round_to)
+        return d or dimension_by_variance(eigenvalues, discard_variance, round_to)  # without d, the variance decides
 
-    rotate(model, principal_components(model, calibration, width, signal, head, batch_size, device), device)
+    Qs = principal_components(model, calibration, width, signal, head, batch_size, device)
+    rotate(model, Qs, device)  # in turns: the Q after a stage is found with its old weights, then the stage is rotated
     return model
 
 
 def principal_components(model, calibration: Tensor, width, signal: str, head: str, batch_size: int, device):
     """Yields the Q (D, d) of each signal of a fused model, in order, as `rotate` takes them; d = width(eigenvalues).
 
-    Section 3.3 looks for Q after blocks that are sliced already. Sliced, a block reads X Q, and RMSNorm(X Q) Q^T W_in =
-    RMSNorm(X Q Q^T) W_in, by Eq. 2 and as our RMSNorm divides by D. So the fused block does on X Q Q^T, in the old
-    basis, what the sliced block will do on X Q: no weight has to be sliced to find the next Q.
+    Section 3.3 looks for Q after blocks that are sliced already. But no weight has to be sliced for that: on X Q Q^T,
+    in the old basis, the fused stage does what the sliced one does on X Q. For |x Q| = |x Q Q^T|, and our RMSNorm
+    divides both by D, so RMSNorm(X Q) Q^T = RMSNorm(X Q Q^T); and the shortcut takes X Q_in to X Q_in Q_in^T Q_out.
     """
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
     observed = norm if signal == "output" else nn.Identity()
@@ -281,19 +285,19 @@ def principal_components(model, calibration: Tensor, width, signal: str, head: s
         eigenvalues, Q = pca(covariance_of(X, observed, stage, batch_size, device))  # Eq. 8
         d = len(Q) if stage is None and head == "full" else width(eigenvalues)
         Q = Q[:, :d].contiguous()  # Eq. 9: Q times the deletion matrix
-        QQ = (Q @ Q.T).to(X.dtype)  # (D, D)
+        projection = (Q @ Q.T).to(X.dtype)  # (D, D)
         for x in X.split(batch_size):
-            x.copy_(x.to(device) @ QQ)  # Eq. 9: what is left of X; the stage reads that
+            x.copy_(x.to(device) @ projection)  # Eq. 9: what is left of X, which the stage reads
         yield Q
 
 
 def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tuple]:
     """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
 
-    The stage is the one that reads X next, or None for the last signal, which the head reads. The caller may write into
-    X before it asks for the next. X is in the CPU's memory, and one layer at a time is on the device.
+    The stage is the one that reads X next, or None for the last signal, which the head reads. What the caller writes
+    into X is what the stage reads. X is in the CPU's memory, and one layer at a time is on the device.
     """
-    X, stages_with_args = embed(model, calibration, batch_size)  # line 1
+    X, stages_with_args = embed(model, calibration, batch_size)  # line 1; args are masks and the like
     for stage in progress(stages_with_args, "signals", unit="signal"):
         stage = stage.on(device)
         yield stage, X
@@ -318,7 +322,7 @@ def covariance_of(X: Tensor, observed, stage, batch_size: int, device) -> Tensor
 def covariance(X: Tensor) -> Tensor:
     """X^T X (D, D) of one batch X (B, N, D): products in float32, unless X is in float64; the result in float64.
 
-    It is the sum over all batches, and the eigenvectors, that need float64.
+    For one batch that is enough; the sum over all batches, and the eigenvectors, need float64 (A.2).
     """
     X = at_least_float32(X.flatten(0, -2))
     return (X.T @ X).double()
@@ -333,7 +337,7 @@ def pca(C: Tensor) -> tuple[Tensor, Tensor]:
 
     Under torchrun, all processes get those of the first, as results may differ in the last bits.
     """
-    eigenvalues, Q = torch.linalg.eigh(C.double())
+    eigenvalues, Q = torch.linalg.eigh(C.double())  # smallest first
     return agreed(eigenvalues.flip(0)), agreed(Q.flip(1))
 
 
@@ -346,14 +350,16 @@ def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
     """
     if not 0 <= sparsity < 1:
         raise SliceGPTError(f"sparsity must be at least 0 and below 1, not {sparsity}")
-    d = int((1 - sparsity) * D + 1e-6) // round_to * round_to if sparsity else D  # (1 - 0.9) * 100 is 9.999999999999998
+    if sparsity == 0:
+        return D
+    d = int((1 - sparsity) * D + 1e-6) // round_to * round_to  # 1e-6, as (1 - 0.9) * 100 is 9.999999999999998
     if d == 0:
         raise SliceGPTError(f"sparsity {sparsity} leaves none of the {D} dimensions (in multiples of {round_to})")
     return d
 
 
 def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int = 8) -> int:
-    """Appendix A.4: the least multiple of `round_to`, or else D, that discards at most that share of the variance."""
+    """A.4: the least multiple of `round_to` (D, if that is less) that discards at most this share of the variance."""
     left_out = 1 - eigenvalues.cumsum(0) / eigenvalues.sum()  # [k]: the share that is lost if k + 1 directions are kept
     needed = 1 + int((left_out > discarded).sum())
     return min(len(eigenvalues), math.ceil(needed / round_to) * round_to)
@@ -361,14 +367,14 @@ def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int =
 
 # ---- Where an architecture keeps its parts --------------------------------------------------------------------------
 #
-# To add a family, give it a row in ARCHITECTURES; `check_row` refuses a wrong one. The functions after the table are
-# all that the rest of this file knows about the modules of Hugging Face's models.
+# To add a family, give it a row in ARCHITECTURES; `check_row` refuses a wrong one. Of the modules of Hugging Face's
+# models, the rest of this file knows little more than the functions after the table.
 
 @dataclass(frozen=True)
 class Block:
     """One attention or one FFN, as paths in its layer; where there are several, they are separated by spaces."""
     norm: str  # the norm in front of it
-    modules: str  # compute Z from what the norm gives, one after the other
+    modules: str  # applied one after the other to what the norm gives, they give Z
     W_in: str  # all matrices that read what the norm gives; a path with a ? is used if the layer has it
     W_out: str  # all matrices that write Z
     attention: bool = False  # then its module takes masks, positions and caches, too
@@ -384,8 +390,8 @@ class Architecture:
     ffn: Block
     parallel: bool = False  # both blocks read the same signal; a config's use_parallel_residual overrides this
     norm_offset: float = 0.0  # alpha is a norm's weight plus this
-    one_width: bool = False  # all signals must have one width: the forward pass of the model or of a module assumes it
-    mean_free: bool = False  # a slice can be of the family's own class, if its signal has mean 0: see `standard`
+    one_width: bool = False  # all signals must have one width, as code of the model or of its experts assumes it
+    mean_free: bool = False  # for `standard`: it has LayerNorms, and heads that need not add up to the hidden size
 
 
 LLAMA = Architecture(
@@ -491,8 +497,8 @@ class Stage:
     blocks: tuple[Block, ...]
     shortcut_name: str  # of the layer's parameter that holds S, made by `rotate`
     norm_offset: float  # see Architecture
-    multiplier: float  # of Z, which Granite has
-    args: tuple = ()  # what else the layer is called with, as `embed` records it
+    multiplier: float  # Z is multiplied by it: Granite's residual_multiplier, else 1
+    args: tuple = ()  # masks and the like, for calibration, where `embed` records them; else they come with the call
     kwargs: dict = field(default_factory=dict)
 
     def __call__(self, X: Tensor, *args, **kwargs) -> Tensor:
@@ -506,27 +512,20 @@ class Stage:
                 Z = module(Z, *self.args, *args, **self.kwargs, **kwargs) if block.attention else module(Z)
                 Z = Z[0] if isinstance(Z, tuple) else Z  # attention gives its weights, too
             Z_of_blocks.append(Z)
-        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])
+        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])  # a plain sum would add a 0
 
-    def norms(self) -> list[tuple]:
-        """(block, its norm) for each block."""
-        return [(block, self.layer.get_submodule(block.norm)) for block in self.blocks]
-
-    def readers_of(self, block: Block) -> list:
-        return submodules(self.layer, block.W_in)
-
-    def writers_of(self, block: Block) -> list:
-        return submodules(self.layer, block.W_out)
+    def of_each_block(self) -> list[tuple]:
+        """(path of its norm, the norm, its readers, its writers), for each block."""
+        return [(block.norm, self.layer.get_submodule(block.norm), submodules(self.layer, block.W_in),
+                 submodules(self.layer, block.W_out)) for block in self.blocks]
 
     @property
     def readers(self) -> list:
-        """All W_in."""
-        return [W_in for block in self.blocks for W_in in self.readers_of(block)]
+        return [W_in for block in self.blocks for W_in in submodules(self.layer, block.W_in)]
 
     @property
     def writers(self) -> list:
-        """All W_out."""
-        return [W_out for block in self.blocks for W_out in self.writers_of(block)]
+        return [W_out for block in self.blocks for W_out in submodules(self.layer, block.W_out)]
 
     @property
     def shortcut(self) -> Tensor | None:
@@ -540,7 +539,7 @@ class Stage:
         return f"layer {self.number}, {self.blocks[0].modules}"
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None):
-        """This stage, its layer and args on the device, and in a dtype if one is given: a copy, if it is elsewhere."""
+        """This stage with its layer and args on the device, and in a dtype if one is given: a copy, unless it is so."""
         def moved(a):
             return a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
 
@@ -602,7 +601,7 @@ def submodules(module, paths: str) -> list:
 class Expert:
     """One expert of a mixture, as if it were a module: its weight and bias are rows of all experts' parameters.
 
-    They are rows of the old parameters, also after another expert has made new ones.
+    They are rows of the parameters as they were when this was made, also after a `store`.
     """
 
     def __init__(self, module, name: str, number: int):
@@ -611,7 +610,7 @@ class Expert:
         self.transposed = getattr(module, "is_transposed", False)
 
     def store(self, *weight_and_bias):
-        """Sets weight and bias, of any shape: expert 0 makes room for all, so all are to be set, one after another."""
+        """Sets weight and bias, of any shape. To be called for all experts, in order: expert 0 makes room for all."""
         for rows, row in zip(self.of_all, weight_and_bias):
             if row is not None:
                 if self.number == 0:
@@ -627,19 +626,19 @@ def matrix(module) -> Tensor:
 
 def as_stored(module, W: Tensor) -> Tensor:
     """The transpose of W, if the module stores that; its own inverse."""
-    straight = isinstance(module, (nn.Embedding, Conv1D)) or getattr(module, "transposed", False)
-    return W if straight else W.T
+    as_it_is = isinstance(module, (nn.Embedding, Conv1D)) or getattr(module, "transposed", False)
+    return W if as_it_is else W.T
 
 
 def set_matrix(module, W: Tensor, b: Tensor | None = None):
-    """The inverse of `matrix`: W of any shape, in the dtype of the old weight; and a bias (outputs), None if it stays.
+    """The inverse of `matrix`: W of any shape, in the dtype of the old weight. b (outputs): a new bias, if any.
 
     The weight stays the same parameter, so whoever shares it, as a tied head does, goes on sharing it.
     """
-    inputs, outputs = W.shape
     if isinstance(module, Expert):
         module.store(as_stored(module, W), b)
         return
+    inputs, outputs = W.shape
     if isinstance(module, nn.Embedding):
         module.embedding_dim = outputs
     elif isinstance(module, Conv1D):
@@ -657,6 +656,7 @@ def replaced_layers(model, forward):
     """Inside, each layer computes forward(layer, X, *args, **kwargs) instead of its own forward pass."""
     with contextlib.ExitStack() as patches:
         for layer in layers(model):
+            # afterwards, patch puts back a forward pass that was the layer's own: with shortcuts, or accelerate's
             patches.enter_context(patch.object(layer, "forward", partial(forward, layer)))
         yield
 
@@ -667,65 +667,67 @@ def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stag
 
     The model's own forward pass runs, but its layers only pass X on, and record what else they get, such as masks.
     """
+    calls = []  # of each layer
+
     def record(_, X, *args, **kwargs):
-        calls.append((X, args, kwargs))
+        calls.append((X, {"args": args, "kwargs": kwargs}))
         return X
 
     X = allocate((*tokens.shape, model.config.hidden_size), model.dtype)
     batches = [*zip(X.split(batch_size), tokens.split(batch_size)),
-               (X[:1], tokens[:1])]  # again: masks of one sequence go with batches of any size
+               (X[:1], tokens[:1])]  # whose args are kept: masks of one sequence go with batches of any size
     with replaced_layers(model, record):
         for x, batch in batches:
-            calls = []  # of each layer
+            calls.clear()
             model.base_model(batch.to(model.device), use_cache=False)
             x.copy_(calls[0][0])
-    return X, [replace(stage, args=args, kwargs=kwargs) for stage in stages(model)
-               for _, args, kwargs in [calls[stage.number]]]
+    return X, [replace(stage, **calls[stage.number][1]) for stage in stages(model)]
 
 
 def rotations(model, Q, device) -> tuple[dict, Iterator[Tensor]]:
-    """For `rotate`: the shape that the model will have, but for the widths; and the Q of each signal, in float64.
+    """For `rotate`: (the new shape, the Q of each signal in float64); as the Qs are taken, the shape gets its widths.
 
-    Raises SliceGPTError for a wrong number or shape of matrices: at once, unless Q is an iterator. The config loses its
-    shape, until `note_shape` gives it a new one: so a model that an error left half rotated is refused by `fuse`.
+    Raises SliceGPTError for a wrong number or shape of matrices: at once, unless Q is an iterator.
     """
-    shape = model.config.slicegpt
-    if shape.get("tied"):  # beyond the paper, see `tie_head`
-        raise SliceGPTError("its head is tied to its embedding, which can be rotated before that only")
-    rows = shape["dimensions"]
+    rows, tied = model.config.slicegpt["dimensions"], model.config.slicegpt.get("tied")
+    if tied:  # beyond the paper, see `tie_head`
+        raise SliceGPTError("its head is tied to its embedding: rotate it before `tie_head`")
+    shape = {"dimensions": [], "shortcuts": model.config.slicegpt["shortcuts"] or not isinstance(Q, Tensor)}
     Qs = [Q] * len(rows) if isinstance(Q, Tensor) else Q
-    wrong = SliceGPTError(f"this model's rotations have {rows} rows")
+    wrong = f"this model's rotations have {rows} rows"
     if not isinstance(Qs, Iterator):
         if [len(Q) for Q in Qs] != rows:
-            raise wrong
+            raise SliceGPTError(wrong)
         check_width(model.config, Qs[0].shape[1] == Qs[-1].shape[1])
 
     def hand_out():
-        for expected, Q_of_signal in itertools.zip_longest(rows, Qs):
-            if Q_of_signal is None or len(Q_of_signal) != expected:
-                raise wrong
-            yield Q_of_signal.to(device or model.device, torch.float64)
+        remaining = iter(Qs)
+        for expected in rows:
+            Q = next(remaining, None)
+            if Q is None or len(Q) != expected:
+                raise SliceGPTError(wrong)
+            shape["dimensions"].append(Q.shape[1])
+            yield Q.to(device or model.device, torch.float64)
 
-    del model.config.slicegpt
-    return shape | {"shortcuts": shape["shortcuts"] or not isinstance(Q, Tensor)}, hand_out()
+    return shape, hand_out()
 
 
-def note_shape(model, shape: dict):
-    """Notes the model's new shape where it has to be known; it is described at `SlicedForCausalLM`.
+def take_shape(model, shape: dict):
+    """Stores the shape in the config, and makes the layers fit to it; see `SlicedForCausalLM`.
 
-    That is in the config; in modules of mixtures of experts, which remember the width of the signal; and in layers with
-    shortcuts, which get another forward pass.
+    Layers with shortcuts get `sliced_layer` as their forward pass. Experts reshape by an attribute that holds the width
+    of the signal, and has one of three names.
     """
     model.config.slicegpt = shape
-    for stage, width in zip(stages(model), shape["dimensions"]):  # the last one is the head's
-        for block in stage.blocks:
-            if not block.attention:
-                for module in stage.layer.get_submodule(block.modules.split()[0]).modules():
-                    for name in {"hidden_dim", "hidden_size", "input_size"} & vars(module).keys():
-                        setattr(module, name, width)
-    if shape["shortcuts"]:
-        for stages_of_layer in stages_by_layer(model):
+    for stages_of_layer in stages_by_layer(model):
+        if shape["shortcuts"]:
             stages_of_layer[0].layer.forward = partial(sliced_layer, stages_of_layer)
+    for stage, width in zip(stages(model), shape["dimensions"]):  # the last width is the head's
+        for block in stage.blocks:
+            first_module = stage.layer.get_submodule(block.modules.split()[0])
+            for module in () if block.attention else first_module.modules():
+                for name in {"hidden_dim", "hidden_size", "input_size"} & vars(module).keys():
+                    setattr(module, name, width)
 
 
 @torch.no_grad()
@@ -758,14 +760,13 @@ def check_row(model):
 
     dtype = torch.promote_types(model.dtype, torch.float32)
     for _, stages_of_layer in itertools.groupby(stages_with_args, attrgetter("number")):
-        expected = None
-        for stage in stages_of_layer:
-            stage = stage.on(stage.writers[0].weight.device, dtype)  # with a copy of the layer
-            if expected is None:
-                dense = centred(X.to(stage.writers[0].weight.device, dtype))
-                expected = stage.layer(dense, *stage.args, **stage.kwargs)
-                expected = centred(expected[0] if isinstance(expected, tuple) else expected)
-                found = dense
+        first, *others = stages_of_layer
+        first = first.on(first.writers[0].weight.device, dtype)  # with a copy of the layer
+        dense = centred(X.to(first.writers[0].weight.device, dtype))
+        expected = first.layer(dense, *first.args, **first.kwargs)
+        expected = centred(expected[0] if isinstance(expected, tuple) else expected)
+        found = dense
+        for stage in [first, *(replace(first, blocks=other.blocks) for other in others)]:
             fuse_stage(stage, D)
             found = found + stage(found)
         error, added = (found - expected).norm(dim=-1), (expected - dense).norm(dim=-1)
@@ -787,17 +788,17 @@ def check_tokens(config, tokens: Tensor):
                             "tokenizer another model's?")
 
 
-def check_sliceable(config, calibration: Tensor, one_width: bool = True):
-    """Raises SliceGPTError if such a model cannot be sliced by such tokens. one_width: all signals are equally wide."""
+def check_sliceable(config, calibration: Tensor, widths_equal: bool = True):
+    """Raises SliceGPTError if such a model cannot be sliced by such tokens, to equal widths or to others."""
     check_tokens(config, calibration)
     shape = getattr(config, "slicegpt", None)
     if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
         raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
-    check_width(config, one_width)
+    check_width(config, widths_equal)
 
 
-def check_width(config, one_width: bool):
-    if architecture(config).one_width and not one_width:
+def check_width(config, widths_equal: bool):
+    if architecture(config).one_width and not widths_equal:
         raise SliceGPTError(f"a {config.model_type}'s last signal must be as wide as its first: it can have neither a "
                             "full head nor dimensions chosen by variance")
 
@@ -939,8 +940,7 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
     peft, parts = optional("peft"), architecture(model.config)
     targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
     targets = targets or [path.rpartition(".")[2] for path in parts.attention.W_in.split()]
-    trained = [W for W in model.parameters() if W.requires_grad]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), frozen(model):  # but for the adapters, which are new
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=32, lora_alpha=10, target_modules=targets))
         if model.device.type == "cuda":
@@ -952,8 +952,18 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
             adapted.unload()  # after an error; it does nothing after merging
             model.activation_checkpointing_disable()
             model.eval()
-            for W in trained:
-                W.requires_grad_(True)  # peft froze all
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Inside, no parameter that the model has now is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 # ---- Beyond the paper -----------------------------------------------------------------------------------------------
@@ -976,7 +986,8 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
     C = 0
     for stage, X in signals(model, calibration, batch_size, device):
-        read, written = (covariance_of(X, side, stage, batch_size, device) for side in (norm, nn.Identity()))
+        read = covariance_of(X, norm, stage, batch_size, device)
+        written = covariance_of(X, nn.Identity(), stage, batch_size, device)
         C = C + (read / read.trace() + 0.3 * written / written.trace())
     return pca(C)[1]
 
@@ -1017,16 +1028,11 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
             found = at_least_float32(model(tokens, use_cache=False).logits.flatten(0, 1))
         return F.cross_entropy(found, expected.flatten(0, 1), reduction="sum") / total(torch.ones_like(tokens).sum())
 
-    trained = [W for W in model.parameters() if W.requires_grad]
-    try:
-        model.requires_grad_(False)
+    with frozen(model):
         # along a strong signal small turns do harm: a column whose first gradient is above the median moves less
         gradients = torch.autograd.grad(cost(first), T)[0].norm(dim=0).clamp_min(torch.finfo(T.dtype).tiny)
         scale = (gradients.median() / gradients).clamp_max(1)
         descend([T], batches, cost, learning_rate or 0.07 / math.sqrt(len(Q)), "learning the rotation")
-    finally:
-        for W in trained:
-            W.requires_grad_(True)
     return torch.linalg.qr(Q_0 + K @ (T * scale).detach().double()).Q
 
 
@@ -1067,7 +1073,8 @@ def tie_head(model, calibration: Tensor | None = None):
     E, W = matrix(embedding), matrix(head)
     PE = E / len(E)
     if calibration is not None:
-        PE += torch.bincount(calibration.flatten(), minlength=len(E)).to(E)[:, None] / calibration.numel() * E
+        counts = total(torch.bincount(calibration.flatten(), minlength=len(E))).to(E)
+        PE += counts[:, None] / counts.sum() * E
     A = nn.Linear(len(W), E.shape[1], bias=False, dtype=model.dtype, device=model.device)
     set_matrix(A, W @ PE @ torch.linalg.pinv(E.T @ PE, hermitian=True))
     path = architecture(model.config).norm
@@ -1080,7 +1087,7 @@ def tie_head(model, calibration: Tensor | None = None):
 
 @torch.no_grad()
 def standard(model) -> tuple[PreTrainedModel, str]:
-    """(A sliced model as one of Hugging Face's own class, equal to it, ""); or (the model, why there is none).
+    """(A model of Hugging Face's own class, equal to a sliced model, ""); or (the model, why there is none).
 
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
     |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
@@ -1115,13 +1122,13 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
-    # Gemma multiplies by the square root of its hidden size what comes out of its embedding: that is sqrt(d / D) less
-    writers = [W_embd for W_embd in embeddings(model) if not hasattr(W_embd, "embed_scale")]
+    # Gemma's embedding multiplies by the square root of the hidden size, so it has been divided by `scale` already
+    writers = [module for module in embeddings(model) if not hasattr(module, "embed_scale")]
     for module in writers + [W_out for stage in stages(model) for W_out in stage.writers]:
         for parameter in (module.weight, getattr(module, "bias", None)):
             if parameter is not None:
                 parameter.copy_(parameter.double() / scale)
-    if parts.norm + ".weight" not in stock.state_dict():  # OLMo's norms have none: what reads them is multiplied
+    if parts.norm + ".weight" not in stock.state_dict():  # OLMo's norms have no weight, so their readers take it
         for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
             module.weight.mul_(scale)
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
@@ -1147,7 +1154,9 @@ def stock_weights(model, expected: dict, scale: float) -> dict | None:
         weights[name.removesuffix("bias") + "weight"] = W + weights.pop(name)[:, None] / width
     offset = architecture(model.config).norm_offset
     for name in expected.keys() - weights.keys():  # of norms; and a Qwen2's attention has one bias less than a Llama's
-        value = scale - offset if not name.endswith("bias") else 1.0 if lacking else 0.0
+        value = scale - offset
+        if name.endswith("bias"):
+            value = 1.0 if lacking else 0.0
         weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
     same = {name: W.shape for name, W in weights.items()} == {name: W.shape for name, W in expected.items()}
     return weights if same else None
@@ -1156,17 +1165,15 @@ def stock_weights(model, expected: dict, scale: float) -> dict | None:
 def mean_free(d: int) -> Tensor:
     """(d, d + 1), with orthonormal rows of mean 0: rotates any signal into d + 1 dimensions in which its mean is 0.
 
-    So a LayerNorm finds no mean to subtract. H is the (Householder) reflection that takes e_1 to the unit vector of
-    equal entries; all its other rows are orthogonal to that.
+    So a LayerNorm finds no mean to subtract. The rows span what is orthogonal to the vector of ones.
     """
-    v = torch.eye(d + 1, dtype=torch.float64)[0] - (d + 1) ** -0.5
-    H = torch.eye(d + 1, dtype=torch.float64) - 2 * torch.outer(v, v) / (v @ v)
-    return H[1:]
+    return torch.linalg.qr(torch.ones(d + 1, 1, dtype=torch.float64), mode="complete").Q[:, 1:].T
 
 
 def stock_config(config, d: int):
-    """The config of a network like this with a hidden size of d: a Llama's or a Mistral's if possible, as most programs
-    run those, else its own family's. Raises what transformers raises of a shape that it does not allow.
+    """The config for a hidden size of d: a Llama's or a Mistral's, if possible, as most programs run those.
+
+    Raises what transformers raises of a shape that it does not allow.
     """
     values, kind, heads = config.to_dict(), config.model_type, config.num_attention_heads
     values |= {"hidden_size": d, "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads}
@@ -1195,7 +1202,7 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
             model = AutoModelForCausalLM.from_config(config)
             dense, D = parameters(model), config.hidden_size
             if rotation == "shared":
-                rotate(model, torch.empty(D, directions(config, d, head)))
+                rotate(model, torch.empty(D, columns_to_keep(config, d, head)))
             else:
                 last = torch.empty(D, D if head == "full" else d)
                 rotate(model, [torch.empty(D, d)] * len(stages(model)) + [last])
@@ -1211,7 +1218,7 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
     return multiples[fitting - 1]
 
 
-def directions(config, d: int, head: str) -> int:
+def columns_to_keep(config, d: int, head: str) -> int:
     """How many columns of one shared Q to keep for d dimensions in the end: one less, if `standard` adds one."""
     return d - 1 if architecture(config).mean_free and head != "tied" else d
 
@@ -1268,21 +1275,13 @@ FOLDER: ContextVar[Path | None] = ContextVar("where `larger_than_memory` has its
 @contextlib.contextmanager
 def larger_than_memory(path: Path):
     """Inside, new weights and signals are in nameless files, in the directory `path` or where that is going to be."""
-    M_MMAP_THRESHOLD = -3
     with contextlib.suppress(OSError, AttributeError):  # glibc only: freed matrices go back to the system at once
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
     token = FOLDER.set(path if path.exists() else path.parent)
     try:
         yield
     finally:
         FOLDER.reset(token)
-
-
-def map_as(model, dtype):
-    """Within `larger_than_memory`: the model's weights in another dtype, in files, too."""
-    for parameter in model.parameters():
-        if parameter.dtype != dtype:
-            parameter.data = stored(parameter, like=torch.empty(0, dtype=dtype))
 
 
 def allocate(shape, dtype) -> Tensor:
@@ -1378,7 +1377,7 @@ def become_sliced(model):
         if getattr(module, "config", None) is shared:
             module.config = config
     head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach())  # and `set_matrix` never writes into an old tensor
+    head.weight = nn.Parameter(head.weight.detach())  # the memory is shared, but `set_matrix` writes into no old one
     config.tie_word_embeddings = False
     config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     model.all_tied_weights_keys = {}  # else transformers would tie head and embedding again when it saves
@@ -1506,7 +1505,10 @@ def complete(folder: Path, source: str):
 
 
 def optional(package: str):
-    """A package that only some uses need."""
+    """A package that only some uses need.
+
+    It must not stand among the imports: transformers runs a saved copy of this file only if all packages there exist.
+    """
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -1685,7 +1687,7 @@ def prepare(args):
         tokens = tokenize(args.tokenizer, read_text(args.calibration, False), min(1024, positions(config)),
                           args.finetune, args.seed)
         args.finetune, args.finetune_tokens = len(tokens), share(tokens, even=True)
-    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # and say so now
+    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # tried before hours of work
         config.save_pretrained(folder)
         args.tokenizer.save_pretrained(folder)
         complete(Path(folder), args.tokenizer.name_or_path)
@@ -1702,8 +1704,9 @@ def run(args):
     model, _ = load(args.model, "auto" if args.stream else args.dtype)
     figures, not_standard = {}, "it was sliced before"
     with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
-        if args.stream and args.dtype != "auto":
-            map_as(model, args.dtype)
+        for W in model.parameters():
+            if args.stream and args.dtype not in ("auto", W.dtype):
+                W.data = stored(W, like=torch.empty(0, dtype=args.dtype))
         if args.calibration_tokens is not None:
             figures["dense"] = measure(args, model)
             model, not_standard = slice_as_asked(args, model)
@@ -1743,7 +1746,7 @@ def slice_as_asked(args, model) -> tuple[PreTrainedModel, str]:
         slice_model(model, tokens, args.sparsity or 0, discard_variance=args.discard_variance, round_to=args.round_to,
                     signal=args.signal, head="full" if args.head == "full" else "sliced", **where)
     else:
-        Q = shared_rotation(model, tokens, **where)[:, :directions(args.config, args.d, args.head)]
+        Q = shared_rotation(model, tokens, **where)[:, :columns_to_keep(args.config, args.d, args.head)]
         if args.learn:
             Q = learn_rotation(model.to(args.device), tokens, Q, args.learn, seed=args.seed)
         rotate(model, Q, args.device)
@@ -1807,7 +1810,7 @@ def main(argv=None) -> int:
     """The exit code: 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
-    transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))
+    transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))  # its bars, too
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character gets another
         if hasattr(stream, "reconfigure"):

@@ -977,6 +977,7 @@ def cases():
             else:  # of batches of three, or of one
                 Q = shared_rotation(model, tokens, batch_size=2)[:, :8]
                 rotate(model, learn_rotation(model, tokens, Q, 2, batch_size=min(3, samples)))
+                tie_head(model, tokens)
             yield model.state_dict(), perplexity(model, tokens, batch_size=2)
 
 
@@ -1450,7 +1451,7 @@ def test_a_class_that_only_looks_like_a_known_one_is_refused_and_stays_as_it_was
 def test_a_model_that_was_left_half_fused_is_refused(monkeypatch):
     model = tiny_network()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(slicegpt, "note_shape", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(slicegpt, "take_shape", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         fuse(model)
     with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
         fuse(model)
@@ -1472,7 +1473,7 @@ def test_slice_model_refuses_bad_arguments():
             (partial(shared_rotation, sliced_network(), tokens), "sliced already"),
             (partial(learn_rotation, sliced_network(), tokens, random_rotation(8, 0), 1), "sliced already"),
             (partial(slice_model, tied, tokens), "sliced already"),
-            (partial(rotate, tied, random_rotation(16, 0)), "its head is tied")):
+            (partial(rotate, tied, random_rotation(16, 0)), "its head is tied to its embedding: rotate it before")):
         with pytest.raises(SliceGPTError, match=message):
             refused()
     assert not isinstance(model, SlicedForCausalLM)
