@@ -11,28 +11,28 @@ Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). In three 
    takes the signal from the basis of one block to the basis of the next (Figure 4).
 
 The paper's sections 2 and 3 come first, some 280 lines: fuse a model (3.2), then rotate it (3.1) by matrices Q that
-also slice it (3.3, 3.4). They lean on what stands next, "Where an architecture keeps its parts": `stages`, `matrix`,
-`set_matrix`, `embed`, which know the modules of Hugging Face's models, and the bookkeeping of `rotations` and
-`take_shape`. All the rest can wait: the experiments of section 4, what goes beyond the paper, and what a program needs.
+also slice it (3.3, 3.4). They call a few functions from below. What one must know of them: `stages(model)` lists the
+steps X <- X + Z; `matrix` and `set_matrix` read and write a W; `embed` gives the first signal; `become_sliced` checks a
+model and unties its head; `take_shape` stores the new widths. All the rest can wait: the table of architectures, the
+experiments of section 4, what goes beyond the paper, and what a program needs.
 
     name (shape)    what                                                                            in the paper
-    D, d            width of the signal: dense (the embedding dimension), and sliced                 2, 3.4
-    B, N, L, V      batch, sequence length, number of layers, size of the vocabulary                 2
-    X (B, N, D)     the signal: written by one block and read by the next, a row for each token      2.1
-    Z (B, N, D)     what a block adds to the signal                                                  Algorithm 1
-    W_embd (V, D)   an embedding, of tokens or of positions; together they write the first signal    2.1
-    W_in (D, ..)    a matrix of a block that reads the signal, such as W_q, W_k, W_v                 2.1
-    W_out (.., D)   the matrix of a block that writes to the signal                                  2.1
-    W_head (D, V)   the head, which reads the last signal                                            2.1
-    M (D, D)        I - 1 1^T / D, which subtracts each row's mean                                   Eq. 1
-    Q (D, d)        orthonormal columns; if d < D, it is the paper's Q times its deletion matrix     3.1, Eq. 9
-    Q_in, Q_out     the Q of the signal before a block, Q_{l-1}, and of the one after it, Q_l        Figure 4
-    S (d, d)        a shortcut, Q_in^T Q_out                                                         Figure 4
-    C (D, D)        the covariance of a signal; its eigenvectors are Q                               Eq. 8
-    stage           lines 4 and 5: one block, or both blocks of a parallel layer, such as Phi-2's            Algorithm 1
+    D, d            width of the signal: dense (the embedding dimension), and sliced                2, 3.4
+    B, N, V         batch, sequence length, size of the vocabulary                                  2
+    X (B, N, D)     the signal: written by one block and read by the next, a row for each token     2.1
+    Z (B, N, D)     what a block adds to the signal                                                 Algorithm 1
+    W_embd (V, D)   an embedding, of tokens or of positions; together they write the first signal   2.1
+    W_in (D, ..)    a matrix of a block that reads the signal, such as W_q, W_k, W_v                2.1
+    W_out (.., D)   the matrix of a block that writes to the signal                                 2.1
+    W_head (D, V)   the head, which reads the last signal                                           2.1
+    M (D, D)        I - 1 1^T / D, which subtracts each row's mean                                  Eq. 1
+    C (D, D)        X^T X, summed over the calibration text; its eigenvectors are Q                 Eq. 8
+    Q (D, d)        orthonormal columns; if d < D, it is the paper's Q times its deletion matrix    3.1, Eq. 9
+    stage           lines 4 and 5: one block, or both blocks of a parallel layer, such as Phi-2's   Algorithm 1
+    Q_in, Q_out     the Q of the signal before a stage, Q_{l-1}, and of the one after it, Q_l       Figure 4
+    S (d_in, d_out) a shortcut, Q_in^T Q_out; d_in and d_out are the widths before and after        Figure 4
     reader, writer  a module that has a W_in or W_head; one that has a W_out or W_embd
     shape           config.slicegpt: the widths of all signals, whether there are shortcuts; a fused model has one
-    total, agreed   with several processes: the sum over them, and the value of the first
 
 A weight W multiplies from the right, as in the paper: `matrix(module)` gives it so, in float64, though a Linear stores
 the transpose. The calibration signal is (samples, N, D). From Python, with transformers 5.24 or newer:
@@ -135,14 +135,14 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
     the model is. Fuses the model if need be; a rotated model is rotated further. Raises SliceGPTError for a wrong
     number or shape of matrices.
 
-    An iterator is asked for the Q after a stage before that stage is rotated, and after all stages before it are. So
-    only two Qs exist at a time, and `principal_components` can still run the stage with its old weights. After an error
-    halfway, load the model again.
+    Q may be an iterator: the Q of a signal is taken just before the stage that writes it is rotated. So two exist at a
+    time, and `principal_components` can run that stage with its old weights. After an error halfway, load the model
+    again: it is refused.
     """
     fuse(model)
-    shape, Qs = rotations(model, Q, device)  # the new shape; and a Q for each signal, in float64
-    del model.config.slicegpt  # until all is rotated: a model that an error leaves halfway is refused by `fuse`
+    Qs, shortcuts = rotations(model, Q, device)  # each Q in float64; from here on the model counts as half rotated
     Q_in = next(Qs)  # (D, d)
+    widths = [Q_in.shape[1]]
     for W_embd in embeddings(model):
         rotate_writer(W_embd, Q_in)  # Eq. 3
     for stage in stages(model):
@@ -151,11 +151,12 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
             rotate_reader(W_in, Q_in)  # Eq. 4
         for W_out in stage.writers:
             rotate_writer(W_out, Q_out)  # Eq. 5, 6
-        if shape["shortcuts"]:  # with one Q for all signals, Q^T Q = I needs none
+        if shortcuts:  # with one Q for all signals, Q^T Q = I needs none
             rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
         Q_in = Q_out
+        widths.append(Q_out.shape[1])
     rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
-    take_shape(model, shape)
+    take_shape(model, {"dimensions": widths, "shortcuts": shortcuts})
 
 
 def rotate_writer(module, Q: Tensor):
@@ -192,27 +193,28 @@ def fuse(model):
     become_sliced(model)  # checks that it can be; mixes SlicedForCausalLM into its class; unties its head
     parts, D = architecture(model.config), model.config.hidden_size
     norm = model.get_submodule(parts.norm)
-    for W_embd in embeddings(model):
-        fuse_writer(W_embd, norm)
+    centre = subtracts_mean(norm)  # all norms of a model are of one kind
+    for W_embd in embeddings(model) if centre else ():
+        centre_writer(W_embd)
     for stage in stages(model):
-        fuse_stage(stage, D)
+        fuse_stage(stage, D, centre)
     fuse_reader(model.get_output_embeddings(), norm, parts.norm_offset)
     model.set_submodule(parts.norm, without_scale(norm, D))
     take_shape(model, {"dimensions": [D] * (1 + len(stages(model))), "shortcuts": False})
 
 
-def fuse_stage(stage, D: int):
+def fuse_stage(stage, D: int, centre: bool):
     """Figure 3 for one stage. Each of its blocks has a norm, which parallel blocks may share."""
     for path, norm, readers, writers in stage.of_each_block():
-        stage.layer.set_submodule(path, without_scale(norm, D))  # first: so `fuse` sees it if this is interrupted
+        stage.layer.set_submodule(path, without_scale(norm, D))  # first: it marks a model as half fused, or more
         for W_in in readers:
             fuse_reader(W_in, norm, stage.norm_offset)
-        for W_out in writers:
-            fuse_writer(W_out, norm)  # it is the next norm that reads W_out, but all norms of a model are of one kind
+        for W_out in writers if centre else ():
+            centre_writer(W_out)
 
 
 def fuse_reader(module, norm, offset: float):
-    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in (the old one); alpha is the norm's weight, plus 1 in Gemma."""
+    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in (the old one); alpha is the norm's weight plus offset."""
     W, b = matrix(module), getattr(module, "bias", None)
     if getattr(norm, "bias", None) is not None:
         b = norm.bias.double() @ W + (0 if b is None else b)
@@ -221,20 +223,19 @@ def fuse_reader(module, norm, offset: float):
     set_matrix(module, W, b)
 
 
-def fuse_writer(module, norm):
-    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M; if the norm subtracts no mean, they stay."""
-    if subtracts_mean(norm):
-        W, b = matrix(module), getattr(module, "bias", None)
-        set_matrix(module, W - W.mean(-1, True), None if b is None else b.double() - b.double().mean(-1, True))
+def centre_writer(module):
+    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M."""
+    W, b = matrix(module), getattr(module, "bias", None)
+    set_matrix(module, W - W.mean(-1, True), None if b is None else b.double() - b.double().mean(-1, True))
 
 
 def subtracts_mean(norm) -> bool:
-    """By its name: each family has classes of its own, ..LayerNorm.. or ..RMSNorm.., and the former do."""
+    """Whether a norm of Hugging Face's subtracts the mean: classes called ..LayerNorm.. do, ..RMSNorm.. do not."""
     return "LayerNorm" in type(norm).__name__
 
 
 def without_scale(norm, D: int) -> RMSNorm:
-    """Our RMSNorm, with a norm's eps or variance_epsilon; OLMo's class has neither, and uses 1e-5."""
+    """Our RMSNorm with this norm's eps, under either of its names; OLMo's norms have none, and use 1e-5."""
     return RMSNorm(D, getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
@@ -249,8 +250,9 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     sparsity: the share of the D dimensions to delete, see `sliced_dimension`.
     discard_variance: instead of it, the share of each signal's variance to lose, see `dimension_by_variance`.
     round_to: the dimension is a multiple of it.
-    signal: "input" of the RMSNorm is what Eq. 8 looks at, as in the authors' code, or "output", as in the paper's text.
-    head: "sliced", or "full": it reads all D dimensions, as in the authors' code.
+    signal: what Eq. 8 sums over: the RMSNorm's "input", as in the authors' code (better), or its "output", as in the
+        paper's text.
+    head: "sliced", or "full", as in the authors' code: it reads all D dimensions.
     batch_size: sequences at a time.
     device: where to compute, with one layer there at a time; by default where the model is.
 
@@ -259,35 +261,39 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     """
     if signal not in ("input", "output") or head not in ("sliced", "full"):
         raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
+    if discard_variance is not None and not 0 <= discard_variance < 1:
+        raise SliceGPTError(f"discard_variance must be at least 0 and below 1, not {discard_variance}")
     device, D = torch.device(device or model.device), model.config.hidden_size
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
-    check_sliceable(model.config, calibration, widths_equal=d == D or (d is not None and head == "sliced"))
+    check_sliceable(model.config, calibration, widths_equal=d is not None and (d == D or head == "sliced"))
     fuse(model.eval())
 
-    def width(eigenvalues: Tensor) -> int:
-        return d or dimension_by_variance(eigenvalues, discard_variance, round_to)  # without d, the variance decides
+    def width(stage, eigenvalues: Tensor) -> int:
+        if stage is None and head == "full":  # the last signal
+            return D
+        return dimension_by_variance(eigenvalues, discard_variance, round_to) if d is None else d
 
-    Qs = principal_components(model, calibration, width, signal, head, batch_size, device)
+    Qs = principal_components(model, calibration, width, signal, batch_size, device)
     rotate(model, Qs, device)  # in turns: the Q after a stage is found with its old weights, then the stage is rotated
     return model
 
 
-def principal_components(model, calibration: Tensor, width, signal: str, head: str, batch_size: int, device):
-    """Yields the Q (D, d) of each signal of a fused model, in order, as `rotate` takes them; d = width(eigenvalues).
+def principal_components(model, calibration: Tensor, width, signal: str, batch_size: int, device) -> Iterator[Tensor]:
+    """Yields the Q (D, d) of each signal of a fused model, in order, as `rotate` takes them; d = width(stage, ..).
 
     Section 3.3 looks for Q after blocks that are sliced already. But no weight has to be sliced for that: on X Q Q^T,
     in the old basis, the fused stage does what the sliced one does on X Q. For |x Q| = |x Q Q^T|, and our RMSNorm
-    divides both by D, so RMSNorm(X Q) Q^T = RMSNorm(X Q Q^T); and the shortcut takes X Q_in to X Q_in Q_in^T Q_out.
+    divides both by D, so RMSNorm(X Q) Q^T = RMSNorm(X Q Q^T); and the shortcut takes X Q_in to X Q_in Q_in^T Q_out,
+    which is the same signal in the next basis.
     """
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
     observed = norm if signal == "output" else nn.Identity()
     for stage, X in signals(model, calibration, batch_size, device):
         eigenvalues, Q = pca(covariance_of(X, observed, stage, batch_size, device))  # Eq. 8
-        d = len(Q) if stage is None and head == "full" else width(eigenvalues)
-        Q = Q[:, :d].contiguous()  # Eq. 9: Q times the deletion matrix
+        Q = Q[:, :width(stage, eigenvalues)].contiguous()  # Eq. 9: Q times the deletion matrix
         projection = (Q @ Q.T).to(X.dtype)  # (D, D)
         for x in X.split(batch_size):
-            x.copy_(x.to(device) @ projection)  # Eq. 9: what is left of X, which the stage reads
+            x.copy_(x.to(device) @ projection)  # Eq. 9: what is left of X; in place, so the stage reads it
         yield Q
 
 
@@ -503,7 +509,8 @@ class Stage:
 
     def __call__(self, X: Tensor, *args, **kwargs) -> Tensor:
         """Algorithm 1, line 4: Z (B, N, d_out) of the signal X (B, N, d_in); of parallel blocks, the sum."""
-        paths = dict.fromkeys(block.norm for block in self.blocks)  # in order: gradients are added up in it
+        # each norm once, as parallel blocks may share it; in a fixed order, so that gradients are the same to the bit
+        paths = dict.fromkeys(block.norm for block in self.blocks)
         normalised = {path: self.layer.get_submodule(path)(X) for path in paths}
         Z_of_blocks = []
         for block in self.blocks:
@@ -512,7 +519,7 @@ class Stage:
                 Z = module(Z, *self.args, *args, **self.kwargs, **kwargs) if block.attention else module(Z)
                 Z = Z[0] if isinstance(Z, tuple) else Z  # attention gives its weights, too
             Z_of_blocks.append(Z)
-        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])  # a plain sum would add a 0
+        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])
 
     def of_each_block(self) -> list[tuple]:
         """(path of its norm, the norm, its readers, its writers), for each block."""
@@ -684,32 +691,31 @@ def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stag
     return X, [replace(stage, **calls[stage.number][1]) for stage in stages(model)]
 
 
-def rotations(model, Q, device) -> tuple[dict, Iterator[Tensor]]:
-    """For `rotate`: (the new shape, the Q of each signal in float64); as the Qs are taken, the shape gets its widths.
+def rotations(model, Q, device) -> tuple[Iterator[Tensor], bool]:
+    """For `rotate`: (the Q of each signal in float64, whether there are shortcuts). The config loses the model's shape.
 
     Raises SliceGPTError for a wrong number or shape of matrices: at once, unless Q is an iterator.
     """
-    rows, tied = model.config.slicegpt["dimensions"], model.config.slicegpt.get("tied")
-    if tied:  # beyond the paper, see `tie_head`
+    shape = model.config.slicegpt
+    if shape.get("tied"):  # beyond the paper, see `tie_head`
         raise SliceGPTError("its head is tied to its embedding: rotate it before `tie_head`")
-    shape = {"dimensions": [], "shortcuts": model.config.slicegpt["shortcuts"] or not isinstance(Q, Tensor)}
-    Qs = [Q] * len(rows) if isinstance(Q, Tensor) else Q
-    wrong = f"this model's rotations have {rows} rows"
+    Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
+    wrong = SliceGPTError(f"this model's rotations have {shape['dimensions']} rows")
     if not isinstance(Qs, Iterator):
-        if [len(Q) for Q in Qs] != rows:
-            raise SliceGPTError(wrong)
-        check_width(model.config, Qs[0].shape[1] == Qs[-1].shape[1])
+        if [len(Q) for Q in Qs] != shape["dimensions"]:
+            raise wrong
+        check_width(model.config, len({Q.shape[1] for Q in Qs}) == 1)
+    del model.config.slicegpt  # so `fuse` refuses a model that an error leaves half rotated
 
     def hand_out():
         remaining = iter(Qs)
-        for expected in rows:
+        for width in shape["dimensions"]:
             Q = next(remaining, None)
-            if Q is None or len(Q) != expected:
-                raise SliceGPTError(wrong)
-            shape["dimensions"].append(Q.shape[1])
+            if Q is None or len(Q) != width:
+                raise wrong
             yield Q.to(device or model.device, torch.float64)
 
-    return shape, hand_out()
+    return hand_out(), shape["shortcuts"] or not isinstance(Q, Tensor)
 
 
 def take_shape(model, shape: dict):
@@ -718,14 +724,16 @@ def take_shape(model, shape: dict):
     Layers with shortcuts get `sliced_layer` as their forward pass. Experts reshape by an attribute that holds the width
     of the signal, and has one of three names.
     """
+    check_width(model.config, len(set(shape["dimensions"])) == 1)
     model.config.slicegpt = shape
-    for stages_of_layer in stages_by_layer(model):
-        if shape["shortcuts"]:
+    if shape["shortcuts"]:
+        for stages_of_layer in stages_by_layer(model):
             stages_of_layer[0].layer.forward = partial(sliced_layer, stages_of_layer)
     for stage, width in zip(stages(model), shape["dimensions"]):  # the last width is the head's
         for block in stage.blocks:
-            first_module = stage.layer.get_submodule(block.modules.split()[0])
-            for module in () if block.attention else first_module.modules():
+            if block.attention:
+                continue
+            for module in stage.layer.get_submodule(block.modules.split()[0]).modules():
                 for name in {"hidden_dim", "hidden_size", "input_size"} & vars(module).keys():
                     setattr(module, name, width)
 
@@ -763,11 +771,10 @@ def check_row(model):
         first, *others = stages_of_layer
         first = first.on(first.writers[0].weight.device, dtype)  # with a copy of the layer
         dense = centred(X.to(first.writers[0].weight.device, dtype))
-        expected = first.layer(dense, *first.args, **first.kwargs)
-        expected = centred(expected[0] if isinstance(expected, tuple) else expected)
+        expected = centred(first.layer(dense, *first.args, **first.kwargs))
         found = dense
-        for stage in [first, *(replace(first, blocks=other.blocks) for other in others)]:
-            fuse_stage(stage, D)
+        for stage in [first, *(replace(first, blocks=other.blocks) for other in others)]:  # all of that one copy
+            fuse_stage(stage, D, subtracts_mean(norm))
             found = found + stage(found)
         error, added = (found - expected).norm(dim=-1), (expected - dense).norm(dim=-1)
         right = right and error.median() <= 1e-3 * added.median()
@@ -1111,6 +1118,9 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
     if H is not None:
         rotate(model, H)
+    for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
+        if parts.mean_free:  # what reads a signal of mean 0 may have rows of mean 0, as `stock_weights` needs
+            set_matrix(module, matrix(module) - matrix(module).mean(0))
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
@@ -1407,6 +1417,8 @@ def load(name, dtype="auto", device="cpu", **options):
         if files:
             optional("accelerate")
             files = files | {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(config, "slicegpt"):
+            files["config"] = config  # of the revision that was asked for
         model, found = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **files, **options)
         if missing := found["missing_keys"]:  # transformers would go on with random ones
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")

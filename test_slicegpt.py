@@ -1,7 +1,7 @@
 """The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
 
-The oracle is always the untouched Hugging Face model, in float64, and "the same" means a relative error below 1e-11.
-Run with `python -m pytest test_slicegpt.py`.
+The oracle is always the untouched Hugging Face model, in float64, and "the same" means a relative error below 1e-11,
+unless the test says why not. Run with `python -m pytest test_slicegpt.py`.
 """
 import os
 from pathlib import Path
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -42,35 +43,17 @@ import bench
 import slicegpt
 from slicegpt import (ARCHITECTURES, LLAMA, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance,
                       dimension_for, embeddings, finetune, fuse, larger_than_memory, layers, learn_rotation, load, main,
-                      matrix, parameters, pca, perplexity, projected, read_text, rotate, save,
-                      shared_rotation, slice_model, sliced_dimension, stages, standard, tie_head, tokenize)
+                      matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation,
+                      slice_model, sliced_dimension, stages, standard, tie_head, tokenize)
 
 settings.register_profile("paper", deadline=None, max_examples=25, print_blob=True,
-                          suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
+                          suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate, Phase.shrink))
 settings.load_profile("paper")
 transformers.logging.set_verbosity_error()
-torch.multiprocessing.set_forkserver_preload(["test_slicegpt"])  # imported once, for all processes that fork from there
-VOCABULARY, TOKEN_IDS = 40, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "intermediate_size": 24, "max_position_embeddings": 32}
-TINY_OPT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24,
-            "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+
+# families of different structure get many examples; the others, which differ from one of them in names, get one
+STRUCTURES = ("opt", "gpt2", "llama", "gemma", "phi", "gpt_neox", "qwen2_moe", "deepseek_v3")
 MIXTURES = [family for family, parts in ARCHITECTURES.items() if "experts" in parts.ffn.W_in]
-# of these, transformers keeps something in float32 as it loads them
-NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3",
-          "exaone_moe", "hy_v3", "solar_open", "glm4_moe_lite")
-STANDARD = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss", "arcee", "gemma", "phi3",
-            "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "apertus", "granite", *(set(MIXTURES) - {"olmoe"}),
-            "exaone", "internlm3", "cwm", "jais2",
-            "phi", "starcoder2", "nemotron", "cohere", "cohere2", "olmo")
-ALIKE = [*MIXTURES, "ministral3", "ernie4_5", "hunyuan_v1_dense", "glm", "granite", "stablelm", "olmo", "cohere2",
-         "codegen", "biogpt", "exaone", "internlm3", "cwm"]  # to this file: of these, fewer examples are drawn
-
-
-def needs(*packages):
-    """Marks a test that is skipped where one of these packages is not installed; `-m skipif` runs what is marked."""
-    missing = [package for package in packages if not importlib.util.find_spec(package)]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 # ---- Random networks, and an oracle in double precision -------------------------------------------------------------
@@ -80,15 +63,16 @@ class Double(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        narrow = function is torch.Tensor.float or (
-            function in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in (*args[1:], kwargs.get("dtype")))
-        if narrow and args[0].dtype == torch.float64:
+        if not (args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64):
+            return function(*args, **kwargs)
+        if function is torch.Tensor.float or (function in (torch.Tensor.to, torch.Tensor.type) and
+                                              torch.float32 in (*args[1:], kwargs.get("dtype"))):
             return args[0]
-        if function is nn.functional.softmax and args[0].dtype == torch.float64:
+        if function is nn.functional.softmax:
             kwargs["dtype"] = None
-        if function is nn.functional.linear and args[0].dtype == torch.float64:  # a router that is kept in float32
+        if function is nn.functional.linear:  # a router that is kept in float32
             args = args[0], *(W if W is None else W.double() for W in args[1:])
-        if function is torch._grouped_mm and args[0].dtype == torch.float64:  # of experts; torch has no such
+        if function is torch._grouped_mm:  # of experts; torch has none in float64
             ends = kwargs["offs"].tolist()
             return torch.cat([args[0][start:end] @ W for start, end, W in zip([0, *ends], ends, args[1])])
         return function(*args, **kwargs)
@@ -96,14 +80,14 @@ class Double(torch.overrides.TorchFunctionMode):
 
 def network(family: str, seed: int, **options):
     """A float64 model with random weights, among them norms with scales far from 1 and biases far from 0."""
-    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **(TOKEN_IDS | options))
+    config = AutoConfig.for_model(family, **{"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1,
+                                             "eos_token_id": 2} | options)
     config._attn_implementation = "eager" if family in ("gpt_oss", "gemma2") else "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-        for name, parameter in model.named_parameters():
-            scale = 1.0 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5
-            parameter.data = scale * torch.randn_like(parameter, dtype=torch.float64)
+        for W in model.parameters():
+            W.data = (1.0 if W.dim() == 1 else 2 * W.shape[-1] ** -0.5) * torch.randn_like(W, dtype=torch.float64)
         for name, buffer in model.named_buffers():
             if name.endswith("embed_positions"):
                 buffer.data = buffer.float().double()  # as when it is loaded
@@ -111,8 +95,464 @@ def network(family: str, seed: int, **options):
     return model
 
 
+FLAGS = {"attention_bias": "llama qwen3 smollm3 seed_oss arcee nemotron gpt_neox", "use_bias": "starcoder2",
+         "mlp_bias": "llama smollm3 arcee nemotron", "enable_bias": "opt", "layer_norm_elementwise_affine": "opt",
+         "use_sliding_window": "qwen2 qwen3", "use_parallel_residual": "gpt_neox", "qk_layernorm": "phi"}
+ROTARY = {"rope_theta": 100.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 12}
+GROUPS = {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+RANKS = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+GRANITE = {"residual_multiplier": 0.3, "embedding_multiplier": 2.0}
+MORE = {  # what a family's config needs, or has to be small in it
+    "qwen2_moe": {"shared_expert_intermediate_size": 12, "decoder_sparse_step": 2}, "dots1": GROUPS, "glm4_moe": GROUPS,
+    "deepseek_v2": GROUPS | RANKS | {"q_lora_rank": None}, "deepseek_v3": GROUPS | RANKS, "solar_open": GROUPS,
+    "glm4_moe_lite": GROUPS | RANKS, "exaone_moe": GROUPS, "hy_v3": {"num_shared_experts": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    "hunyuan_v1_moe": {"moe_topk": 2}, "granite": GRANITE, "granitemoe": GRANITE,
+    "cohere2": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral3": {"rope_parameters": ROTARY | {"rope_type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1,
+                                                "original_max_position_embeddings": 16}},
+    "smollm3": {"no_rope_layer_interval": 2}, "ministral": {"sliding_window": 3},
+    "qwen2": {"sliding_window": 3, "max_window_layers": 1}, "qwen3": {"sliding_window": 3, "max_window_layers": 1},
+    "gptj": {"rotary_dim": 4}, "codegen": {"rotary_dim": 4, "num_attention_heads": 4}}
+EITHER, SEEDS = st.sampled_from([True, False]), st.integers(0, 2**31)
+
+
+@st.composite
+def networks(draw, family):
+    """A model of this family: width, depth, heads, grouped heads, biases, windows, rotary scaling, tied or not."""
+    heads, head_dim = draw(st.sampled_from([(2, 8), (1, 8), (2, 4), (4, 4)])) if family != "codegen" else (4, 4)
+    groups = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
+    D, ffn, depth = heads * head_dim, draw(st.sampled_from([24, 12, 40])), draw(st.sampled_from([2, 1, 3]))
+    options = {"num_hidden_layers": depth, "num_attention_heads": heads, "tie_word_embeddings": draw(EITHER),
+               "intermediate_size": ffn, "ffn_dim": ffn, "n_inner": ffn}  # three names
+    if family in ("llama", "mistral", "ministral", "qwen3", "gemma", "seed_oss", "mixtral", "gpt_oss", "qwen3_moe",
+                  "ministral3"):
+        D = draw(st.sampled_from([D, 12, 20]))  # heads need not add up to D
+    options |= {"hidden_size": D, "max_position_embeddings": 32}
+    if family == "opt":
+        options["word_embed_proj_dim"] = D
+    elif family in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
+        options |= {"rope_parameters": ROTARY, "num_key_value_heads": heads}
+    elif family not in ("gpt2", "biogpt", "gptj", "codegen"):
+        options |= {"rope_parameters": ROTARY, "num_key_value_heads": groups, "head_dim": head_dim}
+    options |= (EXPERTS if family in MIXTURES else {}) | MORE.get(family, {})
+    if family == "cohere2":
+        options["layer_types"] = options["layer_types"][:depth]
+    if family == "llama" and draw(EITHER):
+        options["rope_parameters"] = ROTARY | {"rope_type": "linear", "factor": 2.0}
+    if family in ("mistral", "phi3", "starcoder2"):
+        options["sliding_window"] = draw(st.sampled_from([3, None]))
+    options |= {flag: draw(EITHER) for flag, families in FLAGS.items() if family in families.split()}
+    return network(family, draw(SEEDS), **options)
+
+
+def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15):
+    """Makes a test a property of random networks, and of what the strategies draw.
+
+    The strategies' first choices are typical ones: with them Hypothesis begins, and to them it shrinks.
+    """
+    def decorate(test):
+        @pytest.mark.parametrize("family", families)
+        def of_family(family):
+            @settings(max_examples=examples if family in STRUCTURES else 1)
+            @given(st.data())
+            def holds(data):
+                test(data.draw(networks(family)), *map(data.draw, strategies))
+
+            holds()
+        return of_family
+    return decorate
+
+
+def random(seed: int, *shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_rotation(D: int, seed: int):
+    return torch.linalg.qr(random(seed, D, D))[0]
+
+
+def random_tokens(samples: int, seqlen: int, seed: int = 0):
+    return torch.randint(3, 40, (samples, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def batches(draw):
+    """Token batches (2, 9) and their attention masks, with some padding on the left or on the right, or without."""
+    tokens = random_tokens(2, 9, draw(SEEDS))
+    mask = torch.ones_like(tokens)
+    mask[0, :draw(st.sampled_from([3, 0, 1, 5]))] = 0
+    return tokens, mask.flip(1) if draw(EITHER) else mask
+
+
+@torch.no_grad()
+def logits(model, batch):
+    tokens, mask = batch
+    with Double():
+        return model(tokens, attention_mask=mask).logits[mask.bool()]
+
+
+def signals(model, tokens):
+    """What every norm of a fused network reads, in order: the signal after the embedding and after each stage."""
+    read, handles = [], []
+    order = [stage.layer.get_submodule(stage.blocks[0].norm) for stage in stages(model)]
+    for norm in order + [model.get_submodule(architecture(model.config).norm)]:
+        handles.append(norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach().flatten(0, -2))))
+    with torch.no_grad(), Double():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return read
+
+
+def assert_same(found, expected, tolerance=1e-11):
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+# ---- 2.1 The network ------------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 24), SEEDS)
+def test_equation_1_layernorm_is_rmsnorm_of_the_centred_signal(D, seed):
+    norm, M = nn.LayerNorm(D, eps=1e-5).double(), torch.eye(D) - torch.ones(D, D).double() / D
+    norm.weight.data, norm.bias.data = alpha, beta = random(seed, 2, D)
+    X = random(seed + 1, 5, D)
+    assert torch.allclose(RMSNorm(D, norm.eps)(X @ M) @ alpha.diag() + beta, norm(X), rtol=1e-11, atol=1e-11)
+
+
+@given(st.integers(2, 24), SEEDS)
+def test_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
+    X, norm = random(seed, 7, D), RMSNorm(D, 1e-6)
+    assert_same(norm(X), X / ((X**2).sum(-1, keepdim=True) / D + 1e-6).sqrt())
+    X[:, D // 2:] = 0
+    assert_same(norm(X[:, :D // 2]), norm(X)[:, :D // 2])
+
+
+# ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
+
+@given(st.integers(2, 24), SEEDS)
+def test_equation_2_rmsnorm_commutes_with_rotation(D, seed):
+    X, Q, norm = random(seed, 7, D), random_rotation(D, seed + 1), RMSNorm(D, 1e-6)
+    assert_same(norm(X @ Q) @ Q.T, norm(X))
+
+
+@every_family(batches(), SEEDS)
+def test_theorem_1_one_rotation_changes_nothing(model, batch, seed):
+    expected = logits(model, batch)
+    rotate(model, random_rotation(model.config.hidden_size, seed))
+    assert_same(logits(model, batch), expected)
+    assert not any("shortcut" in name for name, _ in model.named_parameters())
+
+
+@every_family(batches(), SEEDS)
+def test_theorem_1_rotates_every_signal(model, batch, seed):
+    Q = random_rotation(model.config.hidden_size, seed)
+    fuse(model)
+    before = signals(model, batch[0])
+    rotate(model, Q)
+    for found, X in zip(signals(model, batch[0]), before, strict=True):
+        assert_same(found, X @ Q)
+
+
+# ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
+
+@every_family(batches())
+def test_figure_3_fusion_changes_nothing(model, batch):
+    expected = logits(model, batch)
+    fuse(model)
+    assert_same(logits(model, batch), expected)
+
+
+@every_family()
+def test_figure_3_all_norms_become_rmsnorms_without_scale(model):
+    norm, tokens = model.get_submodule(architecture(model.config).norm), random_tokens(2, 9)
+    fuse(model)
+    norms = [stage.layer.get_submodule(block.norm) for stage in stages(model) for block in stage.blocks]
+    assert all(isinstance(norm, RMSNorm) for norm in norms) and not any(list(norm.parameters()) for norm in norms)
+    if isinstance(norm, nn.LayerNorm):  # of which M is left
+        assert all(X.mean(-1).abs().max() < 1e-12 * X.abs().max() for X in signals(model, tokens))
+
+
+@every_family()
+def test_a_tied_head_gets_a_matrix_of_its_own_by_fusion(model):
+    fuse(model)
+    assert not model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+@every_family(examples=2)
+def test_a_fused_model_stays_as_it_is(model):
+    fuse(model)
+    weights = copy.deepcopy(model.state_dict())
+    fuse(model)
+    assert same_weights(model, weights)
+
+
+# ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
+
+def rotations(model, seed: int):
+    """A random rotation for each signal."""
+    return [random_rotation(d, seed + i) for i, d in enumerate(model.config.slicegpt["dimensions"])]
+
+
+@every_family(batches(), SEEDS)
+def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
+    expected = logits(model, batch)
+    fuse(model)
+    rotate(model, rotations(model, seed))
+    assert_same(logits(model, batch), expected)
+    rotate(model, random_rotation(model.config.hidden_size, seed))  # the rotated network once more
+    assert_same(logits(model, batch), expected)
+
+
+@every_family(batches(), SEEDS)
+def test_figure_4_rotates_each_signal_by_its_own_matrix(model, batch, seed):
+    fuse(model)
+    before, Q = signals(model, batch[0]), rotations(model, seed)
+    rotate(model, iter(Q))  # any iterable
+    for found, X, Q_of_signal in zip(signals(model, batch[0]), before, Q, strict=True):
+        assert_same(found, X @ Q_of_signal)
+
+
+@every_family(SEEDS)
+def test_figure_4_the_shortcut_of_a_stage_is_the_product_of_the_rotations_before_and_after_it(model, seed):
+    fuse(model)
+    Q = rotations(model, seed)
+    rotate(model, Q)
+    for stage, Q_in, Q_out in zip(stages(model), Q, Q[1:]):
+        assert_same(stage.shortcut, Q_in.T @ Q_out)
+
+
+def test_as_many_rotations_as_signals_are_needed_and_of_their_widths():
+    model, batch = tiny_network(), BATCH
+    expected = logits(model, batch)
+    fuse(model)
+    Q = rotations(model, 0)
+    for wrong in (Q[:-1], Q + Q[:1], [q[1:] for q in Q], random_rotation(15, 0)):
+        with pytest.raises(SliceGPTError, match="rotations"):  # before anything is rotated
+            rotate(model, wrong)
+    assert_same(logits(model, batch), expected)
+    with pytest.raises(SliceGPTError, match="rotations"):
+        rotate(model, iter(Q[:-1]))
+    with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
+        rotate(model, Q)
+
+
+def test_two_rotations_exist_at_a_time():
+    """An iterator is asked for the next Q when that is needed, and nothing keeps those that are used up."""
+    model, alive = tiny_network(), []
+
+    def Qs():
+        for seed in range(5):
+            Q = random_rotation(16, seed)
+            alive.append(weakref.ref(Q))
+            yield Q
+            del Q
+            assert sum(reference() is not None for reference in alive) <= 2
+
+    rotate(model, Qs())
+    assert len(alive) == 5
+
+
+@given(st.integers(2, 20), st.integers(1, 30), SEEDS)
+def test_equation_8_principal_components(D, N, seed):
+    X = random(seed, 3, N, D)
+    C = covariance(X)
+    assert_same(C, sum(x.T @ x for x in X))
+    eigenvalues, Q = pca(C)
+    assert_same(Q @ Q.T, torch.eye(D).double())
+    assert_same(Q @ eigenvalues.diag() @ Q.T, C)
+    assert (eigenvalues.diff() <= 0).all()
+
+
+def test_equation_8_multiplies_in_single_precision_at_least():
+    X = random(0, 2, 2000, 64)
+    assert_same(covariance(X.float()), covariance(X), 1e-6)
+    for narrow in (X.half(), X.bfloat16()):  # which lose nothing beyond their own rounding
+        assert torch.equal(covariance(narrow), covariance(narrow.float()))
+
+
+def test_equation_8_adds_up_in_double_precision():
+    X = torch.tensor([2.0**12, 2.0**-12]).view(2, 1, 1)  # the squares are 48 bits apart; float32 has 24
+    C = slicegpt.covariance_of(X, nn.Identity(), None, batch_size=1, device=torch.device("cpu"))
+    assert C.dtype == torch.float64 and C.item() == 2.0**24 + 2.0**-24
+
+
+@every_family(st.sampled_from([0.25, 0.5]))
+def test_equation_8_is_of_the_signal_after_the_blocks_that_are_sliced_already(model, sparsity):
+    """So the sliced network's own signal, on the calibration tokens, is uncorrelated and ordered by variance.
+
+    It would not be, had a layer been calibrated under another layer's mask: some families have windows in some layers.
+    (1e-9: a signal's small principal components are less exact than the large ones.)
+    """
+    tokens = random_tokens(8, 12)
+    with Double():
+        for X in signals(slice_model(model, tokens, sparsity, round_to=2), tokens):
+            C = covariance(X)
+            assert_same(C, C.diag().diag(), 1e-9)
+            assert (C.diag().diff() <= 1e-9 * C.norm()).all()
+
+
+@every_family(st.sampled_from([0.25, 0.5]), st.sampled_from(["input", "output"]))
+def test_every_sliced_signal_is_the_best_projection_of_what_the_sliced_blocks_compute(model, sparsity, side):
+    """Section 3.3 by hand, for the embedding and the first stage. (1e-8: two ways to the same eigenvectors.)"""
+    tokens, fused, gram = random_tokens(8, 12), copy.deepcopy(model), lambda X: X @ X.T  # free of eigenvectors' signs
+    fuse(fused)
+    observe = fused.get_submodule(architecture(model.config).norm) if side == "output" else nn.Identity()
+    d = sliced_dimension(model.config.hidden_size, sparsity, 2)
+    with Double():
+        slice_model(model, tokens, sparsity, round_to=2, signal=side)
+        X = signals(fused, tokens)[0]
+        Q = pca(covariance(observe(X)))[1][:, :d]
+        assert_same(gram(signals(model, tokens)[0]), gram(X @ Q), 1e-8)
+        # the first blocks on the projected signal, in the full basis
+        rotate(fused, [Q @ Q.T] + [torch.eye(len(Q)).double()] * len(stages(fused)))
+        X = signals(fused, tokens)[1]
+        Q = pca(covariance(observe(X)))[1][:, :d]
+        assert_same(gram(signals(model, tokens)[1]), gram(X @ Q), 1e-8)
+
+
+# ---- 3.4 Slicing ----------------------------------------------------------------------------------------------------
+
+@given(st.integers(2, 20), SEEDS, st.data())
+def test_equation_9_no_subspace_reconstructs_better(D, seed, data):
+    d = data.draw(st.integers(1, D - 1))
+    X = random(seed, 30, D) @ random(seed + 1, D, D)
+    Q = pca(covariance(X))[1][:, :d]
+    error = lambda Q: ((X - X @ Q @ Q.T) ** 2).sum()
+    assert error(Q) <= error(random_rotation(D, seed + 2)[:, :d]) * (1 + 1e-12)
+
+
+@given(st.integers(2, 20), SEEDS, st.data())
+def test_equation_9_loses_the_variance_of_the_deleted_directions(D, seed, data):
+    """(1e-9: a difference of squares that may be much larger.)"""
+    d = data.draw(st.integers(1, D - 1))
+    X = random(seed, 30, D) @ random(seed + 1, D, D)
+    eigenvalues, Q = pca(covariance(X))
+    Q = Q[:, :d]
+    assert_same(((X - X @ Q @ Q.T) ** 2).sum(), eigenvalues[d:].sum(), 1e-9)
+
+
+@every_family(batches(), st.sampled_from(["sliced", "full"]), st.sampled_from(["input", "output"]),
+              st.sampled_from([2, 1, 3, 4]))
+def test_slicing_nothing_changes_nothing(model, batch, head, side, batch_size):
+    """Section 3 from end to end; also with fewer calibration tokens than dimensions, whose covariances lack rank."""
+    expected = logits(model, batch)
+    with Double():
+        slice_model(model, random_tokens(3, 3), 0, head=head, signal=side, batch_size=batch_size)
+    assert set(model.config.slicegpt["dimensions"]) == {model.config.hidden_size}
+    assert_same(logits(model, batch), expected)
+
+
+@every_family(batches(), SEEDS)
+def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, seed):
+    """Section 1's idea at its extreme: everything that is written into the signal lies in d of the D dimensions.
+
+    (1e-7: as exact as the smallest of the d eigenvalues is large.)
+    """
+    D, d = model.config.hidden_size, 4
+    span = random_rotation(D, seed)[:, :d]
+    for module in embeddings(model) + [W_out for stage in stages(model) for W_out in stage.writers]:
+        b = getattr(module, "bias", None)
+        slicegpt.set_matrix(module, matrix(module) @ span @ span.T, None if b is None else b @ span @ span.T)
+    expected = logits(model, batch)
+    with Double():
+        slice_model(model, random_tokens(16, 16), 1 - d / D, round_to=1)
+    assert set(model.config.slicegpt["dimensions"]) == {d}
+    assert_same(logits(model, batch), expected, 1e-7)
+
+
+@every_family(batches(), SEEDS)
+def test_theorem_1_holds_for_a_sliced_network(model, batch, seed):
+    """The authors' code ends with a random rotation inside the kept subspace: it has no effect."""
+    with Double():
+        slice_model(model, random_tokens(8, 12), 0.5, round_to=2)
+    expected = logits(model, batch)
+    rotate(model, rotations(model, seed))
+    assert_same(logits(model, batch), expected)
+
+
+@given(st.integers(1, 10**4), st.floats(0, 0.999), st.integers(1, 64))
+def test_the_sliced_dimension_is_the_largest_multiple_that_deletes_enough(D, sparsity, round_to):
+    if sparsity and (1 - sparsity) * D + 1e-6 < round_to:
+        with pytest.raises(SliceGPTError, match="leaves none"):
+            sliced_dimension(D, sparsity, round_to)
+    elif sparsity:
+        d = sliced_dimension(D, sparsity, round_to)
+        assert d % round_to == 0 and d <= (1 - sparsity) * D + 1e-6 < d + round_to
+
+
+@pytest.mark.parametrize("D, sparsity, round_to, d", [(100, 0.9, 1, 10), (768, 0.25, 8, 576), (10, 0, 8, 10)])
+def test_the_sliced_dimension_of(D, sparsity, round_to, d):
+    assert sliced_dimension(D, sparsity, round_to) == d
+
+
+@every_family(st.sampled_from([0.25, 0, 0.5]), st.sampled_from(["sliced", "full"]))
+def test_every_matrix_that_reads_or_writes_the_signal_loses_rows_or_columns(model, sparsity, head):
+    D = model.config.hidden_size
+    d = sliced_dimension(D, sparsity, 2)
+    head = "sliced" if architecture(model.config).one_width else head
+    slice_model(model, random_tokens(4, 8), sparsity, round_to=2, head=head)
+    dimensions = [d] * len(stages(model)) + [D if head == "full" else d]
+    assert model.config.slicegpt["dimensions"] == dimensions
+    assert [X.shape[1] for X in signals(model, random_tokens(2, 9))] == dimensions
+    assert all(W_embd.weight.shape == (W_embd.num_embeddings, d) for W_embd in embeddings(model))
+    for stage, d_in, d_out in zip(stages(model), dimensions[:-1], dimensions[1:], strict=True):
+        assert stage.shortcut.shape == (d_in, d_out)
+        assert {matrix(W_in).shape[0] for W_in in stage.readers} == {d_in}
+        assert {matrix(W_out).shape[1] for W_out in stage.writers} == {d_out}
+    assert matrix(model.get_output_embeddings()).shape == (dimensions[-1], 40)
+
+
+@every_family(st.sampled_from([0.25, 0, 0.5]))
+def test_the_number_of_parameters_is_that_of_what_is_left_and_of_the_shortcuts(model, sparsity):
+    fuse(model)
+    dense, D = parameters(model), model.config.hidden_size
+    slice_model(model, random_tokens(4, 8), sparsity, round_to=2)
+    d, numbers = model.config.slicegpt["dimensions"][0], 40  # of a dimension: in the head,
+    numbers += sum(W_embd.num_embeddings for W_embd in embeddings(model))
+    for stage in stages(model):
+        numbers += sum(matrix(W_in).shape[1] for W_in in stage.readers)
+        numbers += sum(len(matrix(W_out)) + (getattr(W_out, "bias", None) is not None) for W_out in stage.writers)
+    assert parameters(model) == dense - (D - d) * numbers + len(stages(model)) * d**2
+
+
+def test_slicing_is_deterministic_and_leaves_the_random_numbers_alone():
+    model, tokens, state = tiny_network("opt", 1), random_tokens(6, 12), torch.get_rng_state()
+    found, again = (slice_model(copy.deepcopy(model), tokens, 0.5) for _ in range(2))
+    assert same_weights(again, found.state_dict()) and torch.equal(state, torch.get_rng_state())
+
+
+def test_slicing_ignores_dropout_and_how_the_samples_are_batched():
+    model, tokens = tiny_network("opt", 1, dropout=0.5, attention_dropout=0.5), random_tokens(6, 12)
+    expected = slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
+    found = slice_model(model.train(), tokens, 0.5, batch_size=4).state_dict()
+    for name, W in expected.items():
+        assert_same(found[name].abs(), W.abs(), 1e-8)  # signs of eigenvectors are free
+
+
+# ---- Single networks, files, programs -------------------------------------------------------------------------------
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 24, "ffn_dim": 24, "max_position_embeddings": 32}
+BATCH = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+WAYS = ("block", "shared", "tied", "by variance", "full", "shared and tied")
+# of these, transformers keeps something in float32 as it loads them
+NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3",
+          "exaone_moe", "hy_v3", "solar_open", "glm4_moe_lite")
+torch.multiprocessing.set_forkserver_preload(["test_slicegpt"])  # imported once, for all processes that fork from there
+a_few = partial(every_family, examples=2)
+
+
+def needs(*packages):
+    """Marks a test that is skipped where one of these packages is not installed; `-m skipif` runs what is marked."""
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
 def tiny_network(family: str = "llama", seed: int = 0, **options):
-    return network(family, seed, **((TINY_OPT if family == "opt" else TINY) | options))
+    return network(family, seed, **TINY | ({"word_embed_proj_dim": 16} if family == "opt" else {}) | options)
 
 
 def sliced_network(family: str = "llama", **options):
@@ -126,9 +566,6 @@ def mild(model):
     for parameter in model.parameters():
         parameter.data = parameter.data / 4 if parameter.dim() > 1 else 1 + parameter.data / 8
     return model
-
-
-WAYS = ("block", "shared", "tied", "by variance", "full", "shared and tied")
 
 
 def slice_by(model, way: str, tokens, batch_size: int = 8):
@@ -146,138 +583,10 @@ def slice_by(model, way: str, tokens, batch_size: int = 8):
     return model
 
 
-FLAGS = {"attention_bias": "llama qwen3 smollm3 seed_oss arcee nemotron gpt_neox", "use_bias": "starcoder2",
-         "mlp_bias": "llama smollm3 arcee nemotron", "enable_bias": "opt", "layer_norm_elementwise_affine": "opt",
-         "use_sliding_window": "qwen2 qwen3", "use_parallel_residual": "gpt_neox", "qk_layernorm": "phi"}
-GROUPS = {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
-RANKS = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-MORE = dict.fromkeys(MIXTURES, {}) | {
-    "qwen2_moe": {"shared_expert_intermediate_size": 12, "decoder_sparse_step": 2}, "dots1": GROUPS, "glm4_moe": GROUPS,
-    "deepseek_v2": GROUPS | RANKS | {"q_lora_rank": None}, "deepseek_v3": GROUPS | RANKS, "solar_open": GROUPS,
-    "glm4_moe_lite": GROUPS | RANKS, "exaone_moe": GROUPS, "hy_v3": {"num_shared_experts": 1},
-    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
-    "hunyuan_v1_moe": {"moe_topk": 2}}
-EITHER = st.sampled_from([True, False])
-SEEDS = st.integers(0, 2**31)
-
-
-@st.composite
-def networks(draw, family):
-    """A model of this family: width, depth, heads, grouped heads, biases, windows, rotary scaling, tied or not."""
-    heads, head_dim = draw(st.sampled_from([(2, 8), (1, 8), (2, 4), (4, 4)]))
-    D = heads * head_dim
-    options = {"hidden_size": D, "num_hidden_layers": draw(st.sampled_from([2, 1, 3])), "num_attention_heads": heads,
-               "intermediate_size": draw(st.sampled_from([24, 12, 40])), "max_position_embeddings": 32,
-               "tie_word_embeddings": draw(EITHER)}
-    llama_like = family not in ("opt", "gpt2", "gpt_neox", "phi", "biogpt", "gptj", "codegen", "persimmon")
-    if family in MIXTURES:
-        options |= {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 12}
-        options |= MORE[family]
-    if family in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
-        options |= RANKS | {"num_key_value_heads": heads} | options
-    elif llama_like or family == "phi":
-        options["num_key_value_heads"] = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
-    if llama_like or family in ("phi", "gpt_neox", "persimmon"):
-        options["rope_parameters"] = {"rope_theta": 100.0, "rope_type": "default", "partial_rotary_factor": 1.0}
-    if family in ("llama", "mistral", "ministral", "qwen3", "gemma", "seed_oss", "mixtral", "gpt_oss", "qwen3_moe",
-                  "ministral3"):  # heads need not add up to D
-        options |= {"head_dim": head_dim, "hidden_size": draw(st.sampled_from([D, 12, 20]))}
-    if family in ("helium", "ernie4_5", "hunyuan_v1_dense", "glm", "minimax_m2", "glm4_moe", "hunyuan_v1_moe"):  # here
-        options["head_dim"] = head_dim
-    if family in ("cohere2", "granite", "granitemoe"):
-        options |= {"cohere2": {"sliding_window": 3, "layer_types": (["sliding_attention", "full_attention"] * 2)[
-            :options["num_hidden_layers"]]}}.get(family, {"residual_multiplier": 0.3, "embedding_multiplier": 2.0})
-    if family == "ministral3":
-        options["rope_parameters"] |= {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16,
-                                       "llama_4_scaling_beta": 0.1}
-    if family == "codegen":  # its heads come in fours
-        options |= {"num_attention_heads": 4, "hidden_size": 16}
-    if family == "smollm3":
-        options["no_rope_layer_interval"] = 2
-    if family == "llama" and draw(EITHER):
-        options["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
-    if family in ("mistral", "ministral", "phi3", "starcoder2"):
-        options["sliding_window"] = 3 if family == "ministral" else draw(st.sampled_from([3, None]))
-    if family in ("qwen2", "qwen3"):  # the first layer sees everything, the others may see a window only
-        options |= {"sliding_window": 3, "max_window_layers": 1}
-    if family == "opt":
-        options |= {"ffn_dim": options.pop("intermediate_size"), "word_embed_proj_dim": D}
-    if family in ("gpt2", "gptj", "codegen"):
-        options |= {"n_inner": options.pop("intermediate_size"), "n_positions": options.pop("max_position_embeddings")}
-        options |= {} if family == "gpt2" else {"rotary_dim": 4}
-    options |= {flag: draw(EITHER) for flag, families in FLAGS.items() if family in families.split()}
-    return network(family, draw(SEEDS), **options)
-
-
-def every_family(*strategies, families=tuple(ARCHITECTURES), examples=2):
-    """Makes a test a property of random networks, `examples` of each family, and of what the strategies draw.
-
-    Hypothesis begins with the first choice of every strategy, so these are typical ones; then it draws.
-    """
-    def decorate(test):
-        @pytest.mark.parametrize("family", families)
-        def of_family(family):
-            @settings(max_examples=1 if family in ALIKE else examples)
-            @given(st.data())
-            def holds(data):
-                test(data.draw(networks(family)), *map(data.draw, strategies))
-
-            holds()
-        return of_family
-    return decorate
-
-
-@st.composite
-def batches(draw):
-    """Token batches (2, 9) and their attention masks, with some padding on the left or on the right, or without."""
-    tokens = random_tokens(2, 9, draw(SEEDS))
-    mask = torch.ones_like(tokens)
-    mask[0, :draw(st.sampled_from([3, 0, 1, 5]))] = 0
-    return tokens, mask.flip(1) if draw(EITHER) else mask
-
-
-def random_tokens(samples: int, seqlen: int, seed: int = 0):
-    return torch.randint(3, VOCABULARY, (samples, seqlen), generator=torch.Generator().manual_seed(seed))
-
-
-BATCH = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
-
-
-def random_rotation(D: int, seed: int):
-    return torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
-
-
-@torch.no_grad()
-def logits(model, batch):
-    tokens, mask = batch
-    with Double():
-        return model(tokens, attention_mask=mask).logits[mask.bool()]
-
-
-def assert_same(found, expected, tolerance=1e-11):
-    error = ((found - expected).norm() / expected.norm()).item()
-    assert error < tolerance, f"relative error {error:.1e}"
-
-
-def signals(model, tokens):
-    """What every norm of a fused network reads, in order: the signal after the embedding and after each stage."""
-    read, handles = [], []
-    order = [stage.layer.get_submodule(stage.blocks[0].norm) for stage in stages(model)]
-    for norm in order + [model.get_submodule(architecture(model.config).norm)]:
-        handles.append(norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach().flatten(0, -2))))
-    with torch.no_grad(), Double():
-        model(tokens)
-    for handle in handles:
-        handle.remove()
-    return read
-
-
 def same_weights(model, weights: dict) -> bool:
     return model.state_dict().keys() == weights.keys() and all(
         torch.equal(W, weights[name]) and W.dtype == weights[name].dtype for name, W in model.state_dict().items())
 
-
-# ---- Files, programs and processes ----------------------------------------------------------------------------------
 
 def tiny_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -347,254 +656,6 @@ def in_a_process(function, *arguments) -> int:
     return process.exitcode
 
 
-# ---- 2.1 The network ------------------------------------------------------------------------------------------------
-
-@given(st.integers(1, 24), SEEDS)
-def test_equation_1_layernorm_is_rmsnorm_of_the_centred_signal(D, seed):
-    torch.manual_seed(seed)
-    norm = nn.LayerNorm(D, eps=1e-5).double()
-    norm.weight.data, norm.bias.data, X = torch.randn(D).double(), torch.randn(D).double(), torch.randn(5, D).double()
-    M = torch.eye(D).double() - torch.ones(D, D).double() / D
-    found = RMSNorm(D, norm.eps)(X @ M) @ norm.weight.diag() + norm.bias
-    assert torch.allclose(found, norm(X), rtol=1e-11, atol=1e-11)
-
-
-# ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
-
-@given(st.integers(2, 24), SEEDS)
-def test_equation_2_rmsnorm_commutes_with_rotation(D, seed):
-    X, Q, norm = torch.randn(7, D).double(), random_rotation(D, seed), RMSNorm(D, 1e-6)
-    assert_same(norm(X @ Q) @ Q.T, norm(X))
-    assert_same(norm(X), X / ((X**2).sum(-1, keepdim=True) / D + 1e-6).sqrt())
-    X[:, D // 2:] = 0  # deleted dimensions count as zeros
-    assert_same(norm(X[:, :D // 2]), norm(X)[:, :D // 2])
-
-
-@every_family(batches(), SEEDS)
-def test_theorem_1_one_rotation_changes_nothing(model, batch, seed):
-    expected, D = logits(model, batch), model.config.hidden_size
-    Q = random_rotation(D, seed)
-    fuse(model)
-    before = signals(model, batch[0])
-    rotate(model, Q)
-    for found, X in zip(signals(model, batch[0]), before, strict=True):
-        assert_same(found, X @ Q)
-    assert not any("shortcut" in name for name, _ in model.named_parameters())
-    assert_same(logits(model, batch), expected)
-
-
-# ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
-
-@every_family(batches())
-def test_figure_3_fusion_changes_nothing(model, batch):
-    expected = logits(model, batch)
-    has_layernorm = isinstance(model.get_submodule(architecture(model.config).norm), nn.LayerNorm)
-    fuse(model)
-    assert_same(logits(model, batch), expected)
-    weights = copy.deepcopy(model.state_dict())
-    fuse(model)  # once more
-    assert same_weights(model, weights)
-    norms = [stage.layer.get_submodule(block.norm) for stage in stages(model) for block in stage.blocks]
-    assert all(isinstance(norm, RMSNorm) for norm in norms) and not any(list(norm.parameters()) for norm in norms)
-    if has_layernorm:
-        assert all(X.mean(-1).abs().max() < 1e-12 * X.abs().max() for X in signals(model, batch[0]))
-    assert not model.config.tie_word_embeddings  # a tied head has a matrix of its own now
-    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
-
-
-def test_two_models_may_come_from_one_config():
-    first, batch = tiny_network(), (random_tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
-    second = mild(transformers.LlamaForCausalLM(first.config).double().eval())
-    expected = logits(second, batch)
-    slice_model(first, random_tokens(8, 12), 0.5)
-    rotate(second, random_rotation(16, 0))
-    assert_same(logits(second, batch), expected)
-    third = type(first)(first.config)
-    assert third.config.slicegpt == first.config.slicegpt and third.config is not first.config
-    assert min(first.config.slicegpt["dimensions"]) == 8 and all(
-        module.config is first.config for module in first.modules() if hasattr(module, "config"))
-
-
-# ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
-
-@every_family(batches(), SEEDS)
-def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
-    expected, D = logits(model, batch), model.config.hidden_size
-    fuse(model)
-    before = signals(model, batch[0])
-    Q = [random_rotation(D, seed + i) for i in range(1 + len(stages(model)))]
-    rotate(model, Q)
-    for i, (found, X) in enumerate(zip(signals(model, batch[0]), before, strict=True)):
-        assert_same(found, X @ Q[i])
-    shortcuts = {name: value for name, value in model.named_parameters() if "shortcut" in name}
-    assert len(shortcuts) == len(Q) - 1
-    for i, stage in enumerate(stages(model)):
-        assert_same(stage.shortcut, Q[i].T @ Q[i + 1])
-    assert_same(logits(model, batch), expected)
-    for wrong in (Q[:-1], Q + Q[:1], [q[1:] for q in Q]):
-        with pytest.raises(SliceGPTError, match="rotations"):  # before anything is rotated
-            rotate(model, wrong)
-    rotate(model, Q[0])  # and once more, a rotation of the rotated network
-    assert_same(logits(model, batch), expected)
-
-
-@given(st.integers(2, 20), st.integers(1, 30), SEEDS)
-def test_equation_8_principal_components(D, N, seed):
-    torch.manual_seed(seed)
-    X = torch.randn(3, N, D).double() * torch.rand(D).double()
-    C = covariance(X)
-    assert_same(C, sum(x.T @ x for x in X))
-    eigenvalues, Q = pca(C)
-    assert_same(Q @ Q.T, torch.eye(D).double())
-    assert (eigenvalues.diff() <= 0).all()
-    assert_same(Q @ eigenvalues.diag() @ Q.T, C)
-
-
-def test_equation_8_accumulates_in_double_precision():
-    """A batch is multiplied in float32, or in float64 if it is; what the batches come to is added in float64."""
-    X = torch.randn(2, 2000, 64, dtype=torch.float64)
-    C = X.flatten(0, 1).T @ X.flatten(0, 1)
-    assert_same(covariance(X), C, 1e-15)
-    assert_same(covariance(X.float()), C, 1e-6)
-    for narrow in (X.half(), X.bfloat16()):  # which lose nothing beyond their own rounding
-        assert torch.equal(covariance(narrow), covariance(narrow.float()))
-    X = torch.tensor([2.0**12, 2.0**-12]).view(2, 1, 1)  # the squares are 48 bits apart; float32 has 24
-    C = slicegpt.covariance_of(X, nn.Identity(), None, batch_size=1, device=torch.device("cpu"))
-    assert C.dtype == torch.float64 and C.item() == 2.0**24 + 2.0**-24
-
-
-@every_family(st.sampled_from([0.25, 0.5]))
-def test_equation_8_is_of_the_signal_behind_the_blocks_already_sliced(model, sparsity):
-    """So the sliced network's own signal, on the calibration tokens, is uncorrelated and ordered by variance.
-
-    It would not be, had a layer been calibrated under another layer's mask: some families have windows in some layers.
-    """
-    tokens = random_tokens(8, 12)
-    with Double():
-        for X in signals(slice_model(model, tokens, sparsity, round_to=2), tokens):
-            C = covariance(X)
-            assert_same(C, C.diag().diag(), 1e-9)
-            assert (C.diag().diff() <= 1e-9 * C.norm()).all()
-
-
-@every_family(st.sampled_from([0.25, 0.5]), st.sampled_from(["input", "output"]))
-def test_every_sliced_signal_is_the_best_projection_of_what_the_sliced_blocks_compute(model, sparsity, side):
-    """Section 3.3 by hand, for the embedding and the first stage: Q from the covariance, weights from Eq. 3 to 6."""
-    tokens, fused, gram = random_tokens(8, 12), copy.deepcopy(model), lambda X: X @ X.T  # free of eigenvectors' signs
-    fuse(fused)
-    observe = fused.get_submodule(architecture(model.config).norm) if side == "output" else nn.Identity()
-    d = sliced_dimension(model.config.hidden_size, sparsity, 2)
-    with Double():
-        slice_model(model, tokens, sparsity, round_to=2, signal=side)
-        X = signals(fused, tokens)[0]
-        Q = pca(covariance(observe(X)))[1][:, :d]
-        assert_same(gram(signals(model, tokens)[0]), gram(X @ Q), 1e-8)
-        # the first blocks on the projected signal, in the full basis
-        rotate(fused, [Q @ Q.T] + [torch.eye(len(Q)).double()] * len(stages(fused)))
-        X = signals(fused, tokens)[1]
-        Q = pca(covariance(observe(X)))[1][:, :d]
-        assert_same(gram(signals(model, tokens)[1]), gram(X @ Q), 1e-8)
-
-
-# ---- 3.4 Slicing ----------------------------------------------------------------------------------------------------
-
-@given(st.integers(2, 20), SEEDS, st.data())
-def test_equation_9_no_subspace_reconstructs_better(D, seed, data):
-    torch.manual_seed(seed)
-    d = data.draw(st.integers(1, D - 1))
-    X = torch.randn(30, D).double() @ torch.randn(D, D).double()
-    eigenvalues, Q = pca(covariance(X))
-    error = lambda Q: ((X - X @ Q @ Q.T) ** 2).sum()
-    assert_same(error(Q[:, :d]), eigenvalues[d:].sum(), 1e-9)
-    assert error(Q[:, :d]) <= error(random_rotation(D, seed)[:, :d]) * (1 + 1e-12)
-
-
-@every_family(batches(), st.sampled_from(["sliced", "full"]), st.sampled_from(["input", "output"]),
-       st.sampled_from([2, 1, 3, 4]))
-def test_slicing_nothing_changes_nothing(model, batch, head, side, batch_size):
-    """Section 3 from end to end; also with fewer calibration tokens than dimensions, whose covariances lack rank."""
-    expected = logits(model, batch)
-    with Double():
-        slice_model(model, random_tokens(3, 3), 0, head=head, signal=side, batch_size=batch_size)
-    assert set(model.config.slicegpt["dimensions"]) == {model.config.hidden_size}
-    assert_same(logits(model, batch), expected)
-
-
-@every_family(batches(), SEEDS)
-def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, seed):
-    """Section 1's idea at its extreme: everything that is written into the signal lies in d of the D dimensions."""
-    D, d = model.config.hidden_size, 4
-    span = random_rotation(D, seed)[:, :d]
-    for module in embeddings(model) + [linear for stage in stages(model) for linear in stage.writers]:
-        bias = getattr(module, "bias", None)
-        slicegpt.set_matrix(module, matrix(module) @ span @ span.T, None if bias is None else bias @ span @ span.T)
-    expected = logits(model, batch)
-    with Double():
-        slice_model(model, random_tokens(16, 16), 1 - d / D, round_to=1)
-    assert set(model.config.slicegpt["dimensions"]) == {d}
-    assert_same(logits(model, batch), expected, 1e-7)  # as exact as the smallest of the d eigenvalues is large
-
-
-@every_family(batches(), SEEDS)
-def test_theorem_1_holds_for_a_sliced_network(model, batch, seed):
-    """The authors' code ends with a random rotation inside the kept subspace: it has no effect."""
-    with Double():
-        slice_model(model, random_tokens(8, 12), 0.5, round_to=2)
-    expected = logits(model, batch)
-    rotate(model, [random_rotation(d, seed + i) for i, d in enumerate(model.config.slicegpt["dimensions"])])
-    assert_same(logits(model, batch), expected)
-
-
-@given(st.integers(1, 10**4), st.floats(0, 0.999), st.integers(1, 64))
-def test_the_sliced_dimension(D, sparsity, round_to):
-    if sparsity == 0:
-        assert sliced_dimension(D, sparsity, round_to) == D
-    elif (1 - sparsity) * D + 1e-6 < round_to:
-        with pytest.raises(SliceGPTError, match="leaves none"):
-            sliced_dimension(D, sparsity, round_to)
-    else:
-        d = sliced_dimension(D, sparsity, round_to)
-        assert d % round_to == 0 and d <= (1 - sparsity) * D + 1e-6 < d + round_to
-    assert sliced_dimension(100, 0.9, 1) == 10 and sliced_dimension(768, 0.25) == 576
-
-
-@every_family(st.sampled_from([0.25, 0, 0.5]), st.sampled_from(["sliced", "full"]))
-def test_shapes_and_the_number_of_parameters(model, sparsity, head):
-    """Every matrix that reads or writes the signal loses rows or columns, and a shortcut comes in per stage."""
-    fuse(model)
-    expected, D = parameters(model), model.config.hidden_size
-    d = sliced_dimension(D, sparsity, 2)
-    d_head = D if head == "full" and not architecture(model.config).one_width else d
-    slice_model(model, random_tokens(4, 8), sparsity, round_to=2, head="sliced" if d_head == d else "full")
-    dimensions, lm_head = model.config.slicegpt["dimensions"], model.get_output_embeddings()
-    assert dimensions == [d] * len(stages(model)) + [d_head]
-    assert [X.shape[1] for X in signals(model, BATCH[0])] == dimensions
-    for embedding in embeddings(model):
-        assert embedding.weight.shape == (embedding.num_embeddings, d)
-        expected -= embedding.num_embeddings * (D - d)
-    for stage, d_in, d_out in zip(stages(model), dimensions[:-1], dimensions[1:], strict=True):
-        assert stage.shortcut.shape == (d_in, d_out)
-        expected += d_in * d_out
-        for linear in stage.readers:
-            assert matrix(linear).shape[0] == d_in
-            expected -= (D - d_in) * matrix(linear).shape[1]
-        for linear in stage.writers:
-            assert matrix(linear).shape[1] == d_out
-            expected -= (D - d_out) * (matrix(linear).shape[0] + (getattr(linear, "bias", None) is not None))
-    assert matrix(lm_head).shape == (d_head, VOCABULARY)
-    assert parameters(model) == expected - (D - d_head) * VOCABULARY
-
-
-def test_slicing_is_deterministic_and_ignores_dropout_and_how_the_samples_are_batched():
-    tokens, state = random_tokens(6, 12), torch.get_rng_state()
-    model = tiny_network("opt", 1, dropout=0.5, attention_dropout=0.5)
-    expected, again = (slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6) for _ in range(2))
-    assert same_weights(again, expected.state_dict()) and torch.equal(state, torch.get_rng_state())
-    found = slice_model(model.train(), tokens, 0.5, batch_size=4).state_dict()
-    for name, tensor in expected.state_dict().items():
-        assert_same(found[name].abs(), tensor.abs(), 1e-8)  # signs of eigenvectors are free
-
-
 # ---- 4 Experiments: texts, perplexity, generation, recovery fine-tuning ---------------------------------------------
 
 def test_perplexity_is_that_of_the_definition():
@@ -607,7 +668,7 @@ def test_perplexity_is_that_of_the_definition():
     assert perplexity(model, tokens) == math.inf  # a float cannot say it
 
 
-@every_family(SEEDS)
+@a_few(SEEDS)
 def test_cached_generation_equals_uncached(model, seed):
     with Double(), torch.no_grad():
         slice_model(model, random_tokens(8, 12), 0.5, round_to=2)
@@ -672,7 +733,7 @@ def test_a_corpus_is_the_text_column_of_a_file_or_a_data_set(tmp_path, monkeypat
 NARROW_TYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 
-@every_family(batches(), NARROW_TYPES)
+@a_few(batches(), NARROW_TYPES)
 def test_fusion_in_narrow_types_is_accepted_and_changes_little(model, batch, dtype):
     expected = logits(mild(model), batch)
     fuse(model.to(dtype))
@@ -680,7 +741,7 @@ def test_fusion_in_narrow_types_is_accepted_and_changes_little(model, batch, dty
     assert errors.median() < (1e-5 if dtype == torch.float32 else 0.1)  # rounded, another expert may be chosen
 
 
-@every_family(st.sampled_from([*WAYS, "learned"]), NARROW_TYPES)
+@a_few(st.sampled_from([*WAYS, "learned"]), NARROW_TYPES)
 def test_slicing_in_narrow_types_costs_little_more_than_in_float64_and_is_saved_as_it_is(model, way, dtype):
     tokens, D = random_tokens(32, 16), model.config.hidden_size
 
@@ -694,18 +755,19 @@ def test_slicing_in_narrow_types_costs_little_more_than_in_float64_and_is_saved_
     with Double():
         expected = perplexity(sliced(copy.deepcopy(model)), tokens)
     found = sliced(model.to(dtype))
+    found.config._experts_implementation = "eager"  # torch's grouped products want rows of 16 bytes
     assert {W.dtype for W in found.parameters()} <= {dtype, *([torch.float32] if dtype != torch.float32 else [])}
     assert math.isclose(perplexity(found, tokens), expected, rel_tol=0.05)
     with tempfile.TemporaryDirectory() as folder:
         save(found, tiny_tokenizer(), f"{folder}/model")
         loaded, _ = load(f"{folder}/model")
-        loaded.config._experts_implementation = "eager"  # torch's grouped products want rows of 16 bytes
+        loaded.config._experts_implementation = "eager"
         assert model.config.model_type in NARROW or same_weights(loaded, found.state_dict())
-        assert math.isclose(perplexity(loaded, tokens), perplexity(found, tokens), rel_tol=1e-3)
+        assert math.isclose(perplexity(loaded, tokens), perplexity(found, tokens), rel_tol=1e-2)
 
 
 @needs("peft")
-@every_family(st.sampled_from(WAYS), st.sampled_from([torch.float32, torch.bfloat16]))
+@a_few(st.sampled_from(WAYS), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, way, dtype):
     tokens = random_tokens(4, 12).repeat(16, 1)  # what can be learned by heart
     mild(model).get_output_embeddings().weight.data *= 4
@@ -753,7 +815,7 @@ def test_finetuning_from_the_command_line(tiny, tmp_path, monkeypatch):
 
 # ---- Appendix A.4 ---------------------------------------------------------------------------------------------------
 
-@every_family(st.sampled_from([0.05, 0, 0.001, 0.3]), st.sampled_from([1, 2, 5]), st.sampled_from(["sliced", "full"]),
+@a_few(st.sampled_from([0.05, 0, 0.001, 0.3]), st.sampled_from([1, 2, 5]), st.sampled_from(["sliced", "full"]),
               families=[family for family, parts in ARCHITECTURES.items() if not parts.one_width])
 def test_slicing_by_variance_keeps_the_least_dimensions_that_discard_no_more(model, share, round_to, head):
     tokens, D, fused = random_tokens(8, 12), model.config.hidden_size, copy.deepcopy(model)
@@ -780,7 +842,7 @@ def test_slicing_by_variance_asks_for_no_sparsity():
 
 # ---- Beyond the paper -----------------------------------------------------------------------------------------------
 
-@every_family()
+@a_few()
 def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model):
     tokens, D, C = random_tokens(8, 12), model.config.hidden_size, 0
     with Double():
@@ -803,7 +865,7 @@ def cost(model, Q, tokens):
             return -(expected * model(tokens).logits.log_softmax(-1)).sum(-1).mean()
 
 
-@every_family(batches(), SEEDS)
+@a_few(batches(), SEEDS)
 def test_a_projected_network_is_the_sliced_one(model, batch, seed):
     fuse(model)
     Q, before = random_rotation(model.config.hidden_size, seed)[:, ::2], copy.deepcopy(model)
@@ -815,7 +877,7 @@ def test_a_projected_network_is_the_sliced_one(model, batch, seed):
     assert_same(found, logits(model, batch))
 
 
-@every_family(SEEDS)
+@a_few(SEEDS)
 def test_a_learned_rotation_costs_the_output_less(model, seed):
     tokens, D = random_tokens(8, 12, seed), model.config.hidden_size
     start, before = shared_rotation(model, tokens)[:, :D // 2], copy.deepcopy(model)
@@ -830,7 +892,7 @@ def test_a_learned_rotation_costs_the_output_less(model, seed):
     assert all(W.grad is None for W in model.parameters())
 
 
-@every_family(batches(), SEEDS)
+@a_few(batches(), SEEDS)
 def test_learning_the_rotation_of_an_unsliced_network_changes_nothing(model, batch, seed):
     expected, D = logits(model, batch), model.config.hidden_size
     Q = learn_rotation(model, random_tokens(8, 12), random_rotation(D, seed), 3)
@@ -872,7 +934,7 @@ def test_the_gradient_of_a_rotation_is_that_of_the_sliced_network():
     assert (M.grad.T @ Q).norm() < 1e-9 * M.grad.norm()
 
 
-@every_family(batches(), st.sampled_from([0.25, 0, 0.5]))
+@a_few(batches(), st.sampled_from([0.25, 0, 0.5]))
 def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsity):
     """Saved, it is loaded by Hugging Face's own class without any code of ours, and gives the same logits."""
     family, D = model.config.model_type, model.config.hidden_size
@@ -884,10 +946,10 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
     rotate(model, Q)
     expected = logits(model, batch)
     stock, why = standard(model)
-    heads = family in ("helium", "olmoe") or family == "phi" and model.config.qk_layernorm
-    if family not in STANDARD and not (heads and d == D) or heads and d < D:
-        assert stock is model and why in ("its norms are LayerNorms, which subtract a mean",
-                                          f"a {family}'s heads must add up to its hidden size")
+    if family in ("opt", "gpt2", "biogpt", "gptj", "codegen", "gpt_neox", "persimmon", "stablelm"):
+        assert (stock, why) == (model, "its norms are LayerNorms, which subtract a mean")
+    elif d < D and (family in ("helium", "olmoe") or family == "phi" and model.config.qk_layernorm):
+        assert (stock, why) == (model, f"a {family}'s heads must add up to its hidden size")
     elif d % model.config.num_attention_heads and (
             family == "arcee" or family == "llama" and (model.config.attention_bias or model.config.mlp_bias)):
         assert stock is model and "not a multiple of the number of attention heads" in why
@@ -904,7 +966,8 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
             save(stock, tiny_tokenizer(), f"{folder}/model")
             assert not list(Path(folder, "model").glob("*.py"))
             names = " ".join(load_file(f"{folder}/model/model.safetensors"))
-            assert family not in MIXTURES or ".experts.0." in names or family in ("gpt_oss", "granitemoe")  # the hub's
+            experts = ".experts." in names and family not in ("gpt_oss", "granitemoe")
+            assert not experts or ".experts.0." in names  # as on the hub
             loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
             assert_same(logits(loaded, batch), expected, tolerance)
         assert type(loaded).__module__.startswith("transformers.models.") and loaded.config.hidden_size == d
@@ -914,7 +977,7 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
         assert standard(loaded) == (loaded, "it has shortcuts")
 
 
-@every_family(st.floats(0.3, 1.3), st.sampled_from([2, 1, 3]), EITHER, st.sampled_from(["sliced", "full", "tied"]))
+@a_few(st.floats(0.3, 1.3), st.sampled_from([2, 1, 3]), EITHER, st.sampled_from(["sliced", "full", "tied"]))
 def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, shared, head):
     """It fits, and the next larger does not; as counted in a network that is really sliced."""
     D, config, dense = model.config.hidden_size, copy.deepcopy(model.config), parameters(model)
@@ -941,6 +1004,16 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
         assert d + round_to > D or size(d + round_to) > share * dense
 
 
+@pytest.mark.parametrize("family", [family for family, parts in ARCHITECTURES.items() if parts.mean_free])
+def test_a_model_with_layernorms_that_is_only_fused_is_a_standard_one(family):
+    model = tiny_network(family)
+    expected = logits(model, BATCH)
+    fuse(model)
+    stock, why = standard(model)
+    assert not why and stock.config.hidden_size == 16
+    assert_same(logits(stock, BATCH), expected)
+
+
 def test_a_head_is_tied_once():
     model = tiny_network(tie_word_embeddings=True)
     tie_head(model)  # which is not fused yet
@@ -949,9 +1022,9 @@ def test_a_head_is_tied_once():
     assert list(model.state_dict()) == names and torch.equal(logits(model, BATCH), expected)
 
 
-@every_family(EITHER)
+@a_few(EITHER)
 def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, weighted):
-    tokens, weights = random_tokens(8, 12), torch.full((VOCABULARY, 1), 1 / VOCABULARY).double()
+    tokens, weights = random_tokens(8, 12), torch.full((40, 1), 1 / 40).double()
     with Double():
         slice_model(model, tokens, 0.5, round_to=2)
     for token in tokens.flatten() if weighted else []:
@@ -1081,7 +1154,7 @@ def test_every_tensor_is_on_the_device_where_it_is_used():
 
 # ---- Models larger than memory --------------------------------------------------------------------------------------
 
-@every_family(st.sampled_from(WAYS))
+@a_few(st.sampled_from(WAYS))
 def test_slicing_in_files_comes_to_what_slicing_in_memory_comes_to(model, way):
     def sliced(path):
         with Double():
@@ -1137,7 +1210,7 @@ def measure_memory(report, options, arguments):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what is mapped from the rest")
 def test_a_stream_needs_the_memory_of_a_layer(tiny, tmp_path):
     """Of a model of 16 layers, a few layers are in memory that the system cannot drop; it is measured, too."""
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, hidden_size=512, intermediate_size=2048,
+    config = transformers.LlamaConfig(vocab_size=40, hidden_size=512, intermediate_size=2048,
                                       num_hidden_layers=16, num_attention_heads=8, max_position_embeddings=32)
     model = AutoModelForCausalLM.from_config(config)
     size, layer = (sum(W.nbytes for W in module.parameters()) for module in (model, layers(model)[0]))
@@ -1216,7 +1289,7 @@ def test_hooks_of_accelerate_stay_where_they_were():
     assert [vars(layer)["forward"] for layer in layers(model)] == before
 
 
-@every_family(st.sampled_from([*WAYS, "fused"]))
+@a_few(st.sampled_from([*WAYS, "fused"]))
 def test_a_saved_model_is_loaded_bit_for_bit(model, way):
     fuse(model) if way == "fused" else slice_by(model, way, random_tokens(4, 8))
     with tempfile.TemporaryDirectory() as folder:
@@ -1307,7 +1380,7 @@ def test_a_checkpoint_that_calls_its_head_otherwise_is_sliced_and_saved_and_load
 
 def test_a_checkpoint_with_a_head_that_its_config_calls_tied(tmp_path):
     checkpoint(tiny_network(tie_word_embeddings=True), tmp_path)
-    other = {"lm_head.weight": torch.randn(VOCABULARY, 16, dtype=torch.float64)}
+    other = {"lm_head.weight": torch.randn(40, 16, dtype=torch.float64)}
     save_file(load_file(tmp_path / "model.safetensors") | other, tmp_path / "model.safetensors", {"format": "pt"})
     expected, (model, _) = logits(AutoModelForCausalLM.from_pretrained(tmp_path), BATCH), load(tmp_path)
     assert_same(logits(model, BATCH), expected)
@@ -1333,7 +1406,7 @@ LINEARS = {"llama": {"self_attn.q_proj": [16, 8], "self_attn.k_proj": [8, 8], "s
      {"model.norm.1.weight": [8, 8]}, [210.03603870206626, 1.4382408956598156, 10.57614484867407])])
 def test_models_saved_by_an_earlier_version_load(tmp_path, family, config, of_a_layer, others, expected):
     """The format of the files as it was in 2026, with random weights; expected is |logits|, and two of the logits."""
-    AutoConfig.for_model(family, vocab_size=VOCABULARY, **TOKEN_IDS, **TINY, dtype="float64", slicegpt=config,
+    AutoConfig.for_model(family, vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, **TINY, dtype="float64", slicegpt=config,
                          tie_word_embeddings=config.get("tied", False), architectures=["SlicedForCausalLM"],
                          auto_map={"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -1376,13 +1449,14 @@ def test_transformers_alone_loads_a_saved_model(tmp_path):
     load(tmp_path / "once more")
 
 
-def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["dense", "sliced"])
+def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, monkeypatch, way):
     seen = []
     for auto in (transformers.AutoConfig, transformers.AutoTokenizer):
         method = auto.from_pretrained
         monkeypatch.setattr(auto, "from_pretrained", lambda path, method=method, **options: (
             seen.append(options.get("revision")), method(path, **options))[1])
-    load(checkpoint(tiny_network(), tmp_path), revision="a")
+    load(checkpoint(tiny_network() if way == "dense" else sliced_network(), tmp_path), revision="a")
     assert set(seen) == {"a"}
 
 
@@ -1416,8 +1490,8 @@ def test_a_killed_save_leaves_no_model_under_its_name(tmp_path):
 # ---- What cannot be done is refused ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("reason, family, options", [
-    ("post-norm", "opt", TINY_OPT | {"do_layer_norm_before": False}),
-    ("projected", "opt", TINY_OPT | {"word_embed_proj_dim": 8}),
+    ("post-norm", "opt", TINY | {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ("projected", "opt", TINY | {"word_embed_proj_dim": 8}),
     ("parallel", "stablelm", TINY | {"use_parallel_residual": True}),
     ("encoder-decoder", "t5", {"d_model": 16}),
     ("cross-attention", "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1, "add_cross_attention": True}),
@@ -1765,7 +1839,7 @@ def test_smollm2_in_a_narrow_type(dtype):
 def tiny_shapes(monkeypatch):
     """A tiny OPT and a tiny Llama as shapes of the benchmark."""
     more = {"vocab_size": 1024, "hidden_size": 32}
-    monkeypatch.setitem(bench.SHAPES, "tiny-opt", ("opt", TINY_OPT | more | {"word_embed_proj_dim": 32}))
+    monkeypatch.setitem(bench.SHAPES, "tiny-opt", ("opt", TINY | more | {"word_embed_proj_dim": 32}))
     monkeypatch.setitem(bench.SHAPES, "tiny-llama", ("llama", TINY | more | {"num_key_value_heads": 2}))
 
 
@@ -1785,7 +1859,7 @@ def test_sparsegpt_zeroes_two_of_every_four_weights_and_spreads_the_error(fours,
     assert torch.equal(bench.prune(W, torch.eye(inputs).double()), by_magnitude)
 
 
-@every_family(SEEDS, families=[family for family in ARCHITECTURES if family not in MIXTURES])
+@a_few(SEEDS, families=[family for family in ARCHITECTURES if family not in MIXTURES])
 def test_sparsegpt_prunes_every_family_layer_by_layer(model, seed):
     tokens, dense = random_tokens(4, 12, seed), copy.deepcopy(model)
     with Double():
