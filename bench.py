@@ -548,8 +548,8 @@ def quality(args, rows):
             networks += [(method, sliced(copy.deepcopy(model), size), 0)
                          for size in (args.params if by_params and method != "block" else args.sparsities)]
     prompt = torch.randint(model.config.vocab_size, (1, min(128, inputs.seqlen // 2)), device=inputs.device)
-    steps, tokens = [decoder(network, prompt) for _, network, _ in networks], max(1, min(50, inputs.seqlen // 2 - WARM_UP))
-    seconds = in_turns(steps, tokens, inputs.device, "decoding")
+    steps = [decoder(network, prompt) for _, network, _ in networks]
+    seconds = in_turns(steps, max(1, min(50, inputs.seqlen // 2 - WARM_UP)), inputs.device, "decoding")
     for (method, network, zeros), times in zip(networks, seconds):
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # stored with each weight that is not zero: 2 bits of where
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
