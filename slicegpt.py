@@ -1137,7 +1137,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     for module in writers + [W_out for stage in stages(model) for W_out in stage.writers]:
         for parameter in (module.weight, getattr(module, "bias", None)):
             if parameter is not None:
-                parameter.copy_(parameter.double() / scale)
+                parameter.copy_(parameter.double() / scale)  # in `weights`, too, which has the same tensors
     if parts.norm + ".weight" not in stock.state_dict():  # OLMo's norms have no weight, so their readers take it
         for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
             module.weight.mul_(scale)
