@@ -990,9 +990,10 @@ def test_a_step_of_learning_is_down_the_loss_that_is_promised(seed):
 
 def test_learning_in_a_narrow_type_from_long_sequences():
     """Of each sequence, the pieces of 256 tokens are taken, and the rest is not."""
-    model = mild(tiny_network(max_position_embeddings=300)).bfloat16()
-    Q = learn_rotation(model, random_tokens(3, 300), random_rotation(16, 0)[:, :8], 2)
+    model, tokens = mild(tiny_network(max_position_embeddings=300)).bfloat16(), random_tokens(3, 300)
+    Q, same = (learn_rotation(model, pieces, random_rotation(16, 0)[:, :8], 2) for pieces in (tokens, tokens[:, :256]))
     assert_same(Q.T @ Q, torch.eye(8).double(), 1e-12)
+    assert torch.equal(Q, same)
 
 
 def test_the_gradient_of_a_rotation_is_that_of_the_sliced_network():
@@ -1051,8 +1052,8 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
         assert standard(loaded) == (loaded, "it has shortcuts")
 
 
-@a_few(st.floats(0.3, 1.3), st.sampled_from([2, 1, 3]), st.sampled_from([False, True]),
-       st.sampled_from(["sliced", "full", "tied"]))
+@every_family(st.floats(0.3, 1.3), st.sampled_from([2, 1, 3]), st.sampled_from([False, True]),
+              st.sampled_from(["sliced", "full", "tied"]), examples=8)
 def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, shared, head):
     """It fits, and the next larger does not; as counted in a network that is really sliced."""
     D, config, dense = model.config.hidden_size, copy.deepcopy(model.config), parameters(model)
