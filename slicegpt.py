@@ -10,11 +10,15 @@ Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). In three 
 3. Each block has its own principal components. So the residual connection is multiplied by a *shortcut* matrix, which
    takes the signal from the basis of one block to the basis of the next (Figure 4).
 
-The paper's sections 2 and 3 come first, some 280 lines: fuse a model (3.2), then rotate it (3.1) by matrices Q that
-also slice it (3.3, 3.4). They call a few functions from below. What one must know of them: `stages(model)` lists the
-steps X <- X + Z; `matrix` and `set_matrix` read and write a W; `embed` gives the first signal; `become_sliced` checks a
-model and unties its head; `take_shape` stores the new widths. All the rest can wait: the table of architectures, the
+The paper's sections 2 and 3 come first, up to "Where an architecture keeps its parts": fuse a model (3.2), then rotate
+it (3.1) by matrices Q that also slice it (3.3, 3.4). They call a few functions from below. What one must know of them:
+`stages(model)` lists the steps X <- X + Z; `matrix` and `set_matrix` read and write a W; `embed` gives the first
+signal; `become_sliced` checks a model and unties its head; `rotations` checks the Qs; `take_shape` stores the new
+widths; `total` and `agreed` do nothing in a single process. All the rest can wait: the table of architectures, the
 experiments of section 4, what goes beyond the paper, and what a program needs.
+
+Unlike the authors' code, this slices the head, too, unless told otherwise; subtracts the mean in models with LayerNorms
+only; adds no random rotation after PCA; and looks for Q on X Q Q^T in the network that is not sliced yet.
 
     name (shape)    what                                                                            in the paper
     D, d            width of the signal: dense (the embedding dimension), and sliced                2, 3.4
@@ -28,11 +32,12 @@ experiments of section 4, what goes beyond the paper, and what a program needs.
     M (D, D)        I - 1 1^T / D, which subtracts each row's mean                                  Eq. 1
     C (D, D)        X^T X, summed over the calibration text; its eigenvectors are Q                 Eq. 8
     Q (D, d)        orthonormal columns; if d < D, it is the paper's Q times its deletion matrix    3.1, Eq. 9
-    stage           lines 4 and 5: one block, or both blocks of a parallel layer, such as Phi-2's   Algorithm 1
+    stage           one step X <- X + Z of one block, or of both blocks of a parallel layer         Algorithm 1
+                    (such as Phi-2's); stage(X) gives Z
     Q_in, Q_out     the Q of the signal before a stage, Q_{l-1}, and of the one after it, Q_l       Figure 4
     S (d_in, d_out) a shortcut, Q_in^T Q_out; d_in and d_out are the widths before and after        Figure 4
     reader, writer  a module that has a W_in or W_head; one that has a W_out or W_embd
-    shape           config.slicegpt: the widths of all signals, whether there are shortcuts; a fused model has one
+    shape           config.slicegpt, once a model is fused: {dimensions: the width of each signal, shortcuts: bool}
 
 A weight W multiplies from the right, as in the paper: `matrix(module)` gives it so, in float64, though a Linear stores
 the transpose. The calibration signal is (samples, N, D). From Python, with transformers 5.24 or newer:
@@ -92,7 +97,7 @@ class SliceGPTError(ValueError):
 progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
-# ---- 2.1 The network ------------------------------------------------------------------------------------------------
+# ---- 2.1 The network, with the shortcuts of Figure 4 ----------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / sqrt(|x|^2 / D + eps): Eq. 1's RMSNorm times sqrt(D); M, alpha and beta have moved into the weights (3.2).
@@ -114,9 +119,9 @@ class RMSNorm(nn.Module):
 def sliced_layer(stages_of_layer: list, X: Tensor, *args, **kwargs) -> Tensor:
     """Algorithm 1 for one layer with shortcuts (Figure 4, section 3.3): X (B, N, d_in) to (B, N, d_out).
 
-    `take_shape` makes it the forward pass of Hugging Face's layer, whose own modules compute Z. args and kwargs: masks,
-    positions, caches. Real models are pre-norm: the norm of line 5 comes first in line 4, and X itself is not
-    normalised. There is no dropout on Z: to zero single coordinates does not commute with a rotation.
+    Real models are pre-norm: the norm of line 5 comes first in line 4, and X itself is not normalised. There is no
+    dropout on Z: it would depend on the basis. args and kwargs: masks, positions, caches. `take_shape` makes this the
+    forward pass of Hugging Face's layer, whose own modules compute Z.
     """
     for stage in stages_of_layer:  # attention, then the FFN; or one stage with both
         Z = stage(X, *args, **kwargs)  # line 4: sigma(RMSNorm(X) W_in + b_in) W_out + b_out
@@ -140,7 +145,8 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
     again: it is refused.
     """
     fuse(model)
-    Qs, shortcuts = rotations(model, Q, device)  # each Q in float64; from here on the model counts as half rotated
+    Qs, shortcuts = rotations(model, Q, device)  # checked, in float64
+    del model.config.slicegpt  # until `take_shape`: a model that an error leaves halfway is refused by `fuse`
     Q_in = next(Qs)  # (D, d)
     widths = [Q_in.shape[1]]
     for W_embd in embeddings(model):
@@ -151,7 +157,7 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
             rotate_reader(W_in, Q_in)  # Eq. 4
         for W_out in stage.writers:
             rotate_writer(W_out, Q_out)  # Eq. 5, 6
-        if shortcuts:  # with one Q for all signals, Q^T Q = I needs none
+        if shortcuts:  # with one Q for all signals, Q^T Q = I
             rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
         Q_in = Q_out
         widths.append(Q_out.shape[1])
@@ -172,8 +178,8 @@ def rotate_reader(module, Q: Tensor):
 
 def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
     """Figure 4: S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity."""
-    SQ = Q_out if stage.shortcut is None else stage.shortcut.to(Q_out) @ Q_out
-    stage.set_shortcut(Q_in.T @ SQ)
+    S_Q_out = Q_out if stage.shortcut is None else stage.shortcut.to(Q_out) @ Q_out
+    stage.set_shortcut(Q_in.T @ S_Q_out)
 
 
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
@@ -194,8 +200,9 @@ def fuse(model):
     parts, D = architecture(model.config), model.config.hidden_size
     norm = model.get_submodule(parts.norm)
     centre = subtracts_mean(norm)  # all norms of a model are of one kind
-    for W_embd in embeddings(model) if centre else ():
-        centre_writer(W_embd)
+    if centre:
+        for W_embd in embeddings(model):
+            centre_writer(W_embd)
     for stage in stages(model):
         fuse_stage(stage, D, centre)
     fuse_reader(model.get_output_embeddings(), norm, parts.norm_offset)
@@ -206,11 +213,12 @@ def fuse(model):
 def fuse_stage(stage, D: int, centre: bool):
     """Figure 3 for one stage. Each of its blocks has a norm, which parallel blocks may share."""
     for path, norm, readers, writers in stage.of_each_block():
-        stage.layer.set_submodule(path, without_scale(norm, D))  # first: it marks a model as half fused, or more
+        stage.layer.set_submodule(path, without_scale(norm, D))  # first: a model with one is not fused again
         for W_in in readers:
             fuse_reader(W_in, norm, stage.norm_offset)
-        for W_out in writers if centre else ():
-            centre_writer(W_out)
+        if centre:
+            for W_out in writers:
+                centre_writer(W_out)
 
 
 def fuse_reader(module, norm, offset: float):
@@ -224,7 +232,7 @@ def fuse_reader(module, norm, offset: float):
 
 
 def centre_writer(module):
-    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M."""
+    """W_embd <- W_embd M; W_out <- W_out M, b_out <- b_out M. (M itself is never made.)"""
     W, b = matrix(module), getattr(module, "bias", None)
     set_matrix(module, W - W.mean(-1, True), None if b is None else b.double() - b.double().mean(-1, True))
 
@@ -250,8 +258,7 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     sparsity: the share of the D dimensions to delete, see `sliced_dimension`.
     discard_variance: instead of it, the share of each signal's variance to lose, see `dimension_by_variance`.
     round_to: the dimension is a multiple of it.
-    signal: what Eq. 8 sums over: the RMSNorm's "input", as in the authors' code (better), or its "output", as in the
-        paper's text.
+    signal: what Eq. 8 sums over: the RMSNorm's "input", as in the authors' code, or its "output", as in the text.
     head: "sliced", or "full", as in the authors' code: it reads all D dimensions.
     batch_size: sequences at a time.
     device: where to compute, with one layer there at a time; by default where the model is.
@@ -265,7 +272,8 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
         raise SliceGPTError(f"discard_variance must be at least 0 and below 1, not {discard_variance}")
     device, D = torch.device(device or model.device), model.config.hidden_size
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
-    check_sliceable(model.config, calibration, widths_equal=d is not None and (d == D or head == "sliced"))
+    widths_equal = discard_variance is None and (head == "sliced" or d == D)  # some models need that
+    check_sliceable(model.config, calibration, widths_equal)
     fuse(model.eval())
 
     def width(stage, eigenvalues: Tensor) -> int:
@@ -273,8 +281,10 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
             return D
         return dimension_by_variance(eigenvalues, discard_variance, round_to) if d is None else d
 
+    # Qs is lazy. When `rotate` asks it for the Q after a stage, it runs that stage, whose weights are still the fused
+    # ones, and computes Q; then `rotate` rotates the stage.
     Qs = principal_components(model, calibration, width, signal, batch_size, device)
-    rotate(model, Qs, device)  # in turns: the Q after a stage is found with its old weights, then the stage is rotated
+    rotate(model, Qs, device)
     return model
 
 
@@ -347,7 +357,7 @@ def pca(C: Tensor) -> tuple[Tensor, Tensor]:
     return agreed(eigenvalues.flip(0)), agreed(Q.flip(1))
 
 
-# ---- 3.4 Slicing: how many dimensions to keep -----------------------------------------------------------------------
+# ---- 3.4 Slicing: how many dimensions to keep (the deletion itself is in `principal_components`) --------------------
 
 def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
     """d = (1 - sparsity) D, rounded down to a multiple of `round_to`, as in the authors' code; sparsity 0 keeps all D.
@@ -519,7 +529,8 @@ class Stage:
                 Z = module(Z, *self.args, *args, **self.kwargs, **kwargs) if block.attention else module(Z)
                 Z = Z[0] if isinstance(Z, tuple) else Z  # attention gives its weights, too
             Z_of_blocks.append(Z)
-        return self.multiplier * sum(Z_of_blocks[1:], Z_of_blocks[0])
+        Z = sum(Z_of_blocks[1:], Z_of_blocks[0])
+        return Z if self.multiplier == 1 else self.multiplier * Z
 
     def of_each_block(self) -> list[tuple]:
         """(path of its norm, the norm, its readers, its writers), for each block."""
@@ -692,7 +703,7 @@ def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stag
 
 
 def rotations(model, Q, device) -> tuple[Iterator[Tensor], bool]:
-    """For `rotate`: (the Q of each signal in float64, whether there are shortcuts). The config loses the model's shape.
+    """For `rotate`: (the Q of each signal in float64, whether there are shortcuts).
 
     Raises SliceGPTError for a wrong number or shape of matrices: at once, unless Q is an iterator.
     """
@@ -705,7 +716,6 @@ def rotations(model, Q, device) -> tuple[Iterator[Tensor], bool]:
         if [len(Q) for Q in Qs] != shape["dimensions"]:
             raise wrong
         check_width(model.config, len({Q.shape[1] for Q in Qs}) == 1)
-    del model.config.slicegpt  # so `fuse` refuses a model that an error leaves half rotated
 
     def hand_out():
         remaining = iter(Qs)
@@ -1031,7 +1041,9 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
         with torch.no_grad():
             expected = at_least_float32(model(tokens, use_cache=False).logits).softmax(-1).mul_(0.8)
             expected[:, :-1].scatter_(-1, tokens[:, 1:, None], 0.2, reduce="add")
-        with projected(model, torch.linalg.qr(Q_0.to(T) + K.to(T) @ (T * scale)).Q):
+        with torch.autocast(T.device.type, enabled=False):
+            Q = torch.linalg.qr(Q_0.to(T) + K.to(T) @ (T * scale)).Q
+        with projected(model, Q):
             found = at_least_float32(model(tokens, use_cache=False).logits.flatten(0, 1))
         return F.cross_entropy(found, expected.flatten(0, 1), reduction="sum") / total(torch.ones_like(tokens).sum())
 
@@ -1049,7 +1061,8 @@ def projected(model, Q: Tensor):
 
     Its signal keeps all D dimensions: Z Q Q^T is added instead of Z.
     """
-    QQ = (Q @ Q.T).to(model.dtype)
+    with torch.autocast(Q.device.type, enabled=False):
+        QQ = (Q @ Q.T).to(model.dtype)
     of_layer = {stages_of_layer[0].layer: stages_of_layer for stages_of_layer in stages_by_layer(model)}
 
     def forward(layer, X, *args, **kwargs):
