@@ -191,14 +191,16 @@ def fuse(model):
     By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T; sqrt(D) stays, in our RMSNorm. diag(alpha) and
     beta move into the W_in after the norm, or into the head after the last norm; M into everything that writes the
     signal. A Hugging Face RMSNorm has only alpha. Arithmetic is in float64. A head that shares the embedding's matrix
-    gets one of its own, as the two now differ. A fused model stays as it is. Raises SliceGPTError, before anything
-    changes, if this file cannot slice such a model.
+    gets one of its own, as the two now differ. Sets the model to eval mode; otherwise, a fused model stays as it is.
+    Raises SliceGPTError, before anything changes, if this file cannot slice such a model.
     """
+    model.eval()
     if hasattr(model.config, "slicegpt"):  # then it is fused
         return
     become_sliced(model)  # checks that it can be; mixes SlicedForCausalLM into its class; unties its head
     parts, D = architecture(model.config), model.config.hidden_size
     norm = model.get_submodule(parts.norm)
+    model.set_submodule(parts.norm, without_scale(norm, D))  # first: a model with an RMSNorm of ours is not fused again
     centre = subtracts_mean(norm)  # all norms of a model are of one kind
     if centre:
         for W_embd in embeddings(model):
@@ -206,19 +208,18 @@ def fuse(model):
     for stage in stages(model):
         fuse_stage(stage, D, centre)
     fuse_reader(model.get_output_embeddings(), norm, parts.norm_offset)
-    model.set_submodule(parts.norm, without_scale(norm, D))
     take_shape(model, {"dimensions": [D] * (1 + len(stages(model))), "shortcuts": False})
 
 
 def fuse_stage(stage, D: int, centre: bool):
     """Figure 3 for one stage. Each of its blocks has a norm, which parallel blocks may share."""
     for path, norm, readers, writers in stage.of_each_block():
-        stage.layer.set_submodule(path, without_scale(norm, D))  # first: a model with one is not fused again
         for W_in in readers:
             fuse_reader(W_in, norm, stage.norm_offset)
         if centre:
             for W_out in writers:
                 centre_writer(W_out)
+        stage.layer.set_submodule(path, without_scale(norm, D))
 
 
 def fuse_reader(module, norm, offset: float):
@@ -274,7 +275,7 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
     widths_equal = discard_variance is None and (head == "sliced" or d == D)  # some models need that
     check_sliceable(model.config, calibration, widths_equal)
-    fuse(model.eval())
+    fuse(model)
 
     def width(stage, eigenvalues: Tensor) -> int:
         if stage is None and head == "full":  # the last signal
@@ -539,11 +540,11 @@ class Stage:
 
     @property
     def readers(self) -> list:
-        return [W_in for block in self.blocks for W_in in submodules(self.layer, block.W_in)]
+        return [W_in for _, _, readers, _ in self.of_each_block() for W_in in readers]
 
     @property
     def writers(self) -> list:
-        return [W_out for block in self.blocks for W_out in submodules(self.layer, block.W_out)]
+        return [W_out for _, _, _, writers in self.of_each_block() for W_out in writers]
 
     @property
     def shortcut(self) -> Tensor | None:
@@ -573,11 +574,11 @@ def stages_by_layer(model) -> list[list[Stage]]:
     """For each layer: attention, then FFN; or one stage with both, if they are parallel."""
     parts = architecture(model.config)
     if getattr(model.config, "use_parallel_residual", parts.parallel):
-        kinds = [((parts.attention, parts.ffn), "shortcut")]
+        of_a_layer = {"shortcut": (parts.attention, parts.ffn)}
     else:
-        kinds = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
-    return [[Stage(layer, number, *kind, parts.norm_offset, getattr(layer, "residual_multiplier", 1.0))
-             for kind in kinds] for number, layer in enumerate(layers(model))]
+        of_a_layer = {"attention_shortcut": (parts.attention,), "mlp_shortcut": (parts.ffn,)}
+    return [[Stage(layer, number, blocks, shortcut_name, parts.norm_offset, getattr(layer, "residual_multiplier", 1.0))
+             for shortcut_name, blocks in of_a_layer.items()] for number, layer in enumerate(layers(model))]
 
 
 def stages(model) -> list[Stage]:
@@ -753,44 +754,51 @@ def check_row(model):
     """Raises SliceGPTError if a dense model computes something else than its row in the table says.
 
     A class that only looks like one of the table, or one that has changed, is found out here, before a weight changes.
-    One signal X, of random tokens, is given to every layer twice: to the layer as it is, and to a fused copy that adds
-    up its stages. Both compute in float32 at least, as rounding to a narrow type would hide differences. What the head
-    reads must have the direction of what the last norm gives for X. Medians over the tokens are compared, as rounding
-    may send a few to another expert; the errors of right models are some 1e-6, those of wrong ones 1e-2 or more.
+    The signal X of random tokens is given to every layer, and to the head. Medians over the tokens are compared, as
+    rounding may send a few to another expert.
     """
     if model.device.type == "meta":  # without values
         return
-    D, norm = model.config.hidden_size, model.get_submodule(architecture(model.config).norm)
-    was_training = model.training
     tokens = torch.randint(model.config.vocab_size, (1, min(16, positions(model.config))),
                            generator=torch.Generator().manual_seed(0))
-    X, stages_with_args = embed(model.eval(), tokens)
-    read_by_head = []
-    head = model.get_output_embeddings()
+    X, stages_with_args = embed(model, tokens)
+    by_layer = itertools.groupby(stages_with_args, attrgetter("number"))
+    if not (head_reads_last_norm(model, tokens, X) and all(layer_is_its_stages([*stages], X) for _, stages in by_layer)):
+        raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
+
+
+def head_reads_last_norm(model, tokens: Tensor, X: Tensor) -> bool:
+    """Whether the head reads what the last norm gives, up to a factor, if layers pass X on, the tokens' first signal."""
+    read = []
+    head, norm = model.get_output_embeddings(), model.get_submodule(architecture(model.config).norm)
     with replaced_layers(model, lambda _, X, *args, **kwargs: X), head.register_forward_pre_hook(
-            lambda _, inputs: read_by_head.append(inputs[0])):
+            lambda _, inputs: read.append(inputs[0])):
         model(tokens.to(model.device), use_cache=False)
-    cosines = F.cosine_similarity(norm(X.to(model.device)).double(), read_by_head[0].double(), dim=-1)
-    right = cosines.median() > 0.99
+    cosines = F.cosine_similarity(norm(X.to(model.device)).double(), read[0].double(), dim=-1)
+    return cosines.median() > 0.99
+
+
+def layer_is_its_stages(stages_of_layer: list[Stage], X: Tensor) -> bool:
+    """Whether a dense layer computes of X what a fused copy of it does, by its stages.
+
+    Both compute in float32 at least, as rounding to a narrow type would hide differences: the errors of right models
+    are some 1e-6 of what the layer adds, those of wrong ones 1e-2 or more.
+    """
+    first, dtype = stages_of_layer[0], torch.promote_types(X.dtype, torch.float32)
+    device = first.writers[0].weight.device
+    first = first.on(device, dtype)  # with a copy of the layer
+    centre = subtracts_mean(first.of_each_block()[0][1])
 
     def centred(X):
-        return X - X.mean(-1, True) if subtracts_mean(norm) else X
+        return X - X.mean(-1, True) if centre else X
 
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    for _, stages_of_layer in itertools.groupby(stages_with_args, attrgetter("number")):
-        first, *others = stages_of_layer
-        first = first.on(first.writers[0].weight.device, dtype)  # with a copy of the layer
-        dense = centred(X.to(first.writers[0].weight.device, dtype))
-        expected = centred(first.layer(dense, *first.args, **first.kwargs))
-        found = dense
-        for stage in [first, *(replace(first, blocks=other.blocks) for other in others)]:  # all of that one copy
-            fuse_stage(stage, D, subtracts_mean(norm))
-            found = found + stage(found)
-        error, added = (found - expected).norm(dim=-1), (expected - dense).norm(dim=-1)
-        right = right and error.median() <= 1e-3 * added.median()
-    model.train(was_training)
-    if not right:
-        raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
+    X = centred(X.to(device, dtype))
+    expected, found = centred(first.layer(X, *first.args, **first.kwargs)), X
+    for stage in [replace(first, blocks=stage.blocks) for stage in stages_of_layer]:
+        fuse_stage(stage, X.shape[-1], centre)
+        found = found + stage(found)
+    error, added = (found - expected).norm(dim=-1), (expected - X).norm(dim=-1)
+    return error.median() <= 1e-3 * added.median()
 
 
 def check_tokens(config, tokens: Tensor):
@@ -999,7 +1007,7 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     """
     device = torch.device(device or model.device)
     check_sliceable(model.config, calibration)
-    fuse(model.eval())
+    fuse(model)
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
     C = 0
     for stage, X in signals(model, calibration, batch_size, device):
@@ -1024,7 +1032,7 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     finite.
     """
     check_sliceable(model.config, calibration)
-    fuse(model.eval())
+    fuse(model)
     calibration = all_samples(calibration)
     length = min(256, calibration.shape[1])
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
@@ -1051,7 +1059,9 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
         # along a strong signal small turns do harm: a column whose first gradient is above the median moves less
         gradients = torch.autograd.grad(cost(first), T)[0].norm(dim=0).clamp_min(torch.finfo(T.dtype).tiny)
         scale = (gradients.median() / gradients).clamp_max(1)
-        descend([T], batches, cost, learning_rate or 0.07 / math.sqrt(len(Q)), "learning the rotation")
+        if learning_rate is None:
+            learning_rate = 0.07 / math.sqrt(len(Q))
+        descend([T], batches, cost, learning_rate, "learning the rotation")
     return torch.linalg.qr(Q_0 + K @ (T * scale).detach().double()).Q
 
 
@@ -1110,55 +1120,66 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     """(A model of Hugging Face's own class, equal to a sliced model, ""); or (the model, why there is none).
 
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
-    |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
-    sqrt(d / D), in place, and the norms get a weight of sqrt(D / d). A LayerNorm does the same to a signal whose mean
-    is 0: for that, the signal is first rotated into one dimension more (`mean_free`), if its mean is not 0 already.
-    The given model is used up, unless it is returned.
+    |x|^2 / D + eps, which is the same if the signal is x / scale, with scale = sqrt(D / d): so all that writes the
+    signal is divided by it, and the norms get it as their weight. A LayerNorm does the same to a signal whose mean is
+    0, which `into_mean_zero` achieves. All this is done in place: the given model is used up, or comes back, then
+    perhaps with one dimension more.
     """
-    shape, parts, D = model.config.slicegpt, architecture(model.config), model.config.hidden_size
+    shape, parts = model.config.slicegpt, architecture(model.config)
     if shape["shortcuts"]:
         return model, "it has shortcuts"
     if shape.get("tied"):
         return model, "its head is tied through a matrix of its own"
     if not parts.mean_free and not hasattr(model.config, "rms_norm_eps"):
         return model, "its norms are LayerNorms, which subtract a mean"
-    W_embd, d, H = matrix(model.get_input_embeddings()), shape["dimensions"][0], None
-    if parts.mean_free and (W_embd.is_meta or W_embd.mean(1).abs().max() > 1e-3 * W_embd.abs().mean()):
-        d, H = d + 1, mean_free(d)
+    if parts.mean_free:
+        rotate(model, into_mean_zero(model))
+    D, d = model.config.hidden_size, model.config.slicegpt["dimensions"][0]
     try:
         config = stock_config(model.config, d)
     except Exception as error:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
-    if H is not None:
-        rotate(model, H)
-    for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
-        if parts.mean_free:  # what reads a signal of mean 0 may have rows of mean 0, as `stock_weights` needs
-            set_matrix(module, matrix(module) - matrix(module).mean(0))
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
     scale = math.sqrt(D / d)
     weights = stock_weights(model, stock.state_dict(), scale)
     if weights is None:
-        if H is not None:
-            rotate(model, H.T)  # back
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
-    # Gemma's embedding multiplies by the square root of the hidden size, so it has been divided by `scale` already
-    writers = [module for module in embeddings(model) if not hasattr(module, "embed_scale")]
-    for module in writers + [W_out for stage in stages(model) for W_out in stage.writers]:
-        for parameter in (module.weight, getattr(module, "bias", None)):
-            if parameter is not None:
-                parameter.copy_(parameter.double() / scale)  # in `weights`, too, which has the same tensors
-    if parts.norm + ".weight" not in stock.state_dict():  # OLMo's norms have no weight, so their readers take it
-        for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
-            module.weight.mul_(scale)
+    divide_signal(model, scale, readers_too=parts.norm + ".weight" not in weights)  # OLMo's norms have no weight
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
     vars(stock).pop("_weight_conversions", None)  # experts are saved one by one, as engines read them
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
+
+
+def into_mean_zero(model) -> Tensor:
+    """Q (d, d + 1): rotates the signal into one dimension more, where its mean is 0. It is M (d, d), if that is 0 now.
+
+    So a LayerNorm finds no mean to subtract. The rows of Q are orthonormal, and orthogonal to the vector of ones; so the
+    columns of Q^T W_in have mean 0, too, which `stock_weights` needs.
+    """
+    W_embd = matrix(model.get_input_embeddings())
+    is_zero = not W_embd.is_meta and W_embd.mean(1).abs().max() <= 1e-3 * W_embd.abs().mean()
+    ones = torch.ones(W_embd.shape[1] + (not is_zero), 1, dtype=torch.float64)
+    rows = torch.linalg.qr(ones, mode="complete").Q[:, 1:].T
+    return rows.T @ rows if is_zero else rows
+
+
+def divide_signal(model, scale: float, readers_too: bool):
+    """Divides the signal by `scale`, in place; readers_too: and multiplies by it what reads the norms."""
+    # Gemma's embedding multiplies by the square root of the hidden size, so it is divided already
+    writers = [module for module in embeddings(model) if not hasattr(module, "embed_scale")]
+    for module in writers + [W_out for stage in stages(model) for W_out in stage.writers]:
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            if parameter is not None:
+                parameter.copy_(parameter.double() / scale)
+    if readers_too:
+        for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
+            module.weight.mul_(scale)
 
 
 def stock_weights(model, expected: dict, scale: float) -> dict | None:
@@ -1169,7 +1190,7 @@ def stock_weights(model, expected: dict, scale: float) -> dict | None:
             names = [name.replace(fused, piece) for piece in pieces.split()]
             weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
     # beta of a LayerNorm became a bias b of W_in, which the stock class may lack. With a LayerNorm bias of 1, it reads
-    # x + 1 instead of x. Both x and the rows of W_in have mean 0, so (W_in + b 1^T / d)(x + 1) = W_in x + b
+    # x + 1 instead of x. Both x and the rows of a Linear's W have mean 0, so (W + b 1^T / d)(x + 1) = W x + b
     lacking = [name for name in weights.keys() - expected.keys()
                if architecture(model.config).mean_free and name.endswith("bias")]
     for name in lacking:
@@ -1183,14 +1204,6 @@ def stock_weights(model, expected: dict, scale: float) -> dict | None:
         weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
     same = {name: W.shape for name, W in weights.items()} == {name: W.shape for name, W in expected.items()}
     return weights if same else None
-
-
-def mean_free(d: int) -> Tensor:
-    """(d, d + 1), with orthonormal rows of mean 0: rotates any signal into d + 1 dimensions in which its mean is 0.
-
-    So a LayerNorm finds no mean to subtract. The rows span what is orthogonal to the vector of ones.
-    """
-    return torch.linalg.qr(torch.ones(d + 1, 1, dtype=torch.float64), mode="complete").Q[:, 1:].T
 
 
 def stock_config(config, d: int):
