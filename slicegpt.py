@@ -1651,7 +1651,10 @@ def parse_arguments(argv):
         raise SliceGPTError(f"{message} (--help lists the options)")
 
     parser.error = complain
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.learn:
+        args.rotation = "shared"
+    return args
 
 
 def find_device(name: str | None) -> torch.device:
@@ -1663,37 +1666,38 @@ def find_device(name: str | None) -> torch.device:
         return zero.device
 
 
-def read_inputs(args):
-    """Completes the options that `add_inputs` names, and adds what they ask for, but for the weights.
+@dataclass
+class Inputs:
+    """What the options of `add_inputs` ask for, but for the weights."""
+    device: torch.device
+    dtype: torch.dtype | str  # to compute in, as `load` takes it
+    config: transformers.PreTrainedConfig
+    tokenizer: transformers.PreTrainedTokenizerBase
+    calibration: Tensor | None  # all tokens (samples, seqlen); None for a model that is sliced already
+    evaluation: Tensor  # likewise
 
-    That is config, tokenizer, and as tokens, this process's share of them, calibration_tokens (None for a model that is
-    sliced already) and evaluation_tokens. dtype becomes what `load` takes. Raises SliceGPTError.
-    """
+
+def read_inputs(args) -> Inputs:
+    """Completes the options whose defaults depend on the model, and reads what they name. Raises SliceGPTError."""
     text = "pydoc" if args.model == "demo" else "wikitext2"
-    args.device = find_device(args.device)
     args.calibration, args.eval = args.calibration or text, args.eval or text
-    args.dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if args.device.type == "cpu" else "auto"
-    args.config, args.tokenizer, *_ = describe(args.model)
-    args.seqlen = args.seqlen or min(2048, positions(args.config))
-    args.calibration_tokens = None
-    if not hasattr(args.config, "slicegpt"):
-        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), args.seqlen, args.samples, args.seed)
-        check_tokens(args.config, tokens)
-        args.samples, args.calibration_tokens = len(tokens), share(tokens)
-    tokens = tokenize(args.tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
-    check_tokens(args.config, tokens)
-    args.eval_samples, args.evaluation_tokens = len(tokens), share(tokens)
+    device = find_device(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else "auto"
+    config, tokenizer, *_ = describe(args.model)
+    args.seqlen = args.seqlen or min(2048, positions(config))
+    calibration = None
+    if not hasattr(config, "slicegpt"):
+        calibration = tokenize(tokenizer, read_text(args.calibration, False), args.seqlen, args.samples, args.seed)
+        check_tokens(config, calibration)
+    evaluation = tokenize(tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
+    check_tokens(config, evaluation)
+    return Inputs(device, dtype, config, tokenizer, calibration, evaluation)
 
 
-def prepare(args):
-    """`read_inputs`, and all other checks that need no weights. Raises SliceGPTError.
-
-    It adds d, the sliced dimension (None where each signal has its own), and finetune_tokens.
-    """
-    if args.learn:
-        args.rotation = "shared"
-    by_variance = args.discard_variance is not None
-    if args.rotation == "shared" and (args.head == "full" or by_variance or args.signal == "output"):
+def check_options(args):
+    """Raises SliceGPTError for options that contradict each other, or need a package that is not there."""
+    if args.rotation == "shared" and (args.head == "full" or args.discard_variance is not None
+                                      or args.signal == "output"):
         raise SliceGPTError("one rotation has one dimension throughout, from the dense network: it goes with neither "
                             "--head full, --discard-variance nor --signal output")
     if args.stream and (not args.save or args.learn or dist.is_initialized()):
@@ -1703,32 +1707,43 @@ def prepare(args):
                             f"{args.model} has none")
     if args.finetune:
         optional("peft")
-    read_inputs(args)
-    config, args.d = args.config, None
-    if args.calibration_tokens is None:
-        asked = [getattr(args, name) for name in ("sparsity", "params", "discard_variance", "learn")]
-        if any(value is not None for value in asked) or args.rotation == "shared" or args.head != "sliced":
+
+
+def dimension_asked(args, config) -> int | None:
+    """The sliced dimension d that the options ask for; None, if each signal has its own or nothing is sliced.
+
+    Raises SliceGPTError if such a model cannot have it.
+    """
+    by_variance = args.discard_variance is not None
+    if hasattr(config, "slicegpt"):
+        sizes = (args.sparsity, args.params, args.discard_variance)
+        if any(size is not None for size in sizes) or args.rotation == "shared" or args.head != "sliced":
             raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
-    else:
-        if args.head == "tied" and not config.tie_word_embeddings:
-            raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
-        check_width(config, args.head != "full" and not by_variance)
-        if args.params is not None:
-            args.d = dimension_for(config, args.params, args.round_to, args.rotation, args.head)
-        elif not by_variance:
-            sparsity = 0.25 if args.sparsity is None else args.sparsity
-            args.d = sliced_dimension(config.hidden_size, sparsity, args.round_to)
-        args.sparsity = None if args.d is None else 1 - args.d / config.hidden_size
+        return None
+    if args.head == "tied" and not config.tie_word_embeddings:
+        raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
+    check_width(config, args.head != "full" and not by_variance)
+    if args.params is not None:
+        return dimension_for(config, args.params, args.round_to, args.rotation, args.head)
+    if by_variance:
+        return None
+    return sliced_dimension(config.hidden_size, 0.25 if args.sparsity is None else args.sparsity, args.round_to)
+
+
+def finetuning_tokens(args, inputs: Inputs) -> Tensor:
+    """Those of --finetune, from the calibration text, in sequences of 1024 tokens, if the model takes as many."""
+    seqlen = min(1024, positions(inputs.config))
+    return tokenize(inputs.tokenizer, read_text(args.calibration, False), seqlen, args.finetune, args.seed)
+
+
+def check_results(args, inputs: Inputs):
+    """Raises SliceGPTError if what the program is going to write cannot be written, which else hours would pass with."""
     with failing(f"cannot continue the prompt {args.prompt!r}"):
-        check_tokens(config, torch.tensor(args.tokenizer(args.prompt).input_ids))
-    if args.finetune:
-        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), min(1024, positions(config)),
-                          args.finetune, args.seed)
-        args.finetune, args.finetune_tokens = len(tokens), share(tokens, even=True)
-    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # tried before hours of work
-        config.save_pretrained(folder)
-        args.tokenizer.save_pretrained(folder)
-        complete(Path(folder), args.tokenizer.name_or_path)
+        check_tokens(inputs.config, torch.tensor(inputs.tokenizer(args.prompt).input_ids))
+    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
+        inputs.config.save_pretrained(folder)
+        inputs.tokenizer.save_pretrained(folder)
+        complete(Path(folder), inputs.tokenizer.name_or_path)
     if args.save:
         unfinished(args.save).rmdir()
     if args.report:
@@ -1738,26 +1753,33 @@ def prepare(args):
 
 def run(args):
     """The program: load, measure, slice, measure again, fine-tune, measure again, save, print."""
-    prepare(args)
-    model, _ = load(args.model, "auto" if args.stream else args.dtype)
-    figures, not_standard = {}, "it was sliced before"
+    check_options(args)
+    inputs = read_inputs(args)
+    d = dimension_asked(args, inputs.config)
+    examples = finetuning_tokens(args, inputs) if args.finetune else None
+    check_results(args, inputs)
+    model, _ = load(args.model, "auto" if args.stream else inputs.dtype)
+    figures, not_standard, seconds = {}, "it was sliced before", None
     with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
         for W in model.parameters():
-            if args.stream and args.dtype not in ("auto", W.dtype):
-                W.data = stored(W, like=torch.empty(0, dtype=args.dtype))
-        if args.calibration_tokens is not None:
-            figures["dense"] = measure(args, model)
-            model, not_standard = slice_as_asked(args, model)
+            if args.stream and inputs.dtype not in ("auto", W.dtype):
+                W.data = stored(W, like=torch.empty(0, dtype=inputs.dtype))
+        if inputs.calibration is not None:
+            figures["dense"] = measure(args, inputs, model)
+            start = time.perf_counter()
+            model, not_standard = slice_as_asked(args, inputs, d, model)
+            seconds = time.perf_counter() - start
         try:
-            figures["sliced"] = measure(args, model)
+            figures["sliced"] = measure(args, inputs, model)
             if args.finetune:
-                finetune(model.to(args.device), args.finetune_tokens, seed=args.seed)
-                figures["finetuned"] = measure(args, model)
+                finetune(model.to(inputs.device), share(examples, even=True), seed=args.seed)
+                figures["finetuned"] = measure(args, inputs, model)
         finally:  # whatever fails, what has been sliced is saved
             if not dist.is_initialized() or dist.get_rank() == 0:
                 if args.save:
-                    save(model, args.tokenizer, args.save)
-                report(args, figures)
+                    save(model, inputs.tokenizer, args.save)
+                used = {"finetune": examples if examples is None else len(examples), "slice_seconds": seconds, "d": d}
+                report(args, inputs, figures, used)
                 if args.save:
                     kind = f"an ordinary {model.config.model_type} model"
                     if not_standard:
@@ -1765,47 +1787,49 @@ def run(args):
                     print(f"\nsaved to {args.save}, {kind}")
 
 
-def measure(args, model) -> dict:
+def measure(args, inputs: Inputs, model) -> dict:
     """A column of figures of a model: its dimensions (but the head's), parameters, perplexity, and what it writes."""
     D = model.config.hidden_size
     widths = sorted(set(getattr(model.config, "slicegpt", {}).get("dimensions", [D, D])[:-1]))
-    with placed(model, args.device):
+    with placed(model, inputs.device):
         return {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
                 "parameters": parameters(model),
-                "perplexity": perplexity(model, args.evaluation_tokens, device=args.device),
-                "text": generate(model, args.tokenizer, args.prompt, args.device)}
+                "perplexity": perplexity(model, share(inputs.evaluation), device=inputs.device),
+                "text": generate(model, inputs.tokenizer, args.prompt, inputs.device)}
 
 
-def slice_as_asked(args, model) -> tuple[PreTrainedModel, str]:
+def slice_as_asked(args, inputs: Inputs, d: int | None, model) -> tuple[PreTrainedModel, str]:
     """Slices by the paper's method or one beyond it. Returns what `standard` makes of the sliced model."""
-    where, start = {"batch_size": args.batch_size, "device": args.device}, time.perf_counter()
-    tokens = args.calibration_tokens
+    where, tokens = {"batch_size": args.batch_size, "device": inputs.device}, share(inputs.calibration)
     if args.rotation == "block":
-        slice_model(model, tokens, args.sparsity or 0, discard_variance=args.discard_variance, round_to=args.round_to,
-                    signal=args.signal, head="full" if args.head == "full" else "sliced", **where)
+        slice_model(model, tokens, 0 if d is None else 1 - d / inputs.config.hidden_size, round_to=args.round_to,
+                    discard_variance=args.discard_variance, signal=args.signal,
+                    head="full" if args.head == "full" else "sliced", **where)
     else:
-        Q = shared_rotation(model, tokens, **where)[:, :columns_to_keep(args.config, args.d, args.head)]
+        Q = shared_rotation(model, tokens, **where)[:, :columns_to_keep(inputs.config, d, args.head)]
         if args.learn:
-            Q = learn_rotation(model.to(args.device), tokens, Q, args.learn, seed=args.seed)
-        rotate(model, Q, args.device)
+            Q = learn_rotation(model.to(inputs.device), tokens, Q, args.learn, seed=args.seed)
+        rotate(model, Q, inputs.device)
     if args.head == "tied":
         tie_head(model, tokens)
-    result = standard(model)
-    args.slice_seconds = time.perf_counter() - start
-    return result
+    return standard(model)
 
 
-def report(args, figures: dict):
+def report(args, inputs: Inputs, figures: dict, used: dict):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    values = {name: value for name, value in vars(args).items() if not name.endswith(("tokens", "config", "tokenizer"))}
+    values = vars(args) | {"device": inputs.device, "dtype": inputs.dtype, "eval_samples": len(inputs.evaluation)} | used
+    if inputs.calibration is not None:
+        values["samples"] = len(inputs.calibration)
+        values["sparsity"] = None if used["d"] is None else 1 - used["d"] / inputs.config.hidden_size
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
-    values |= {"dimension": args.config.hidden_size, "peak_memory_bytes": peak_memory(args.device)}
+    values |= {"dimension": inputs.config.hidden_size, "peak_memory_bytes": peak_memory(inputs.device)}
     print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
-    print(f"  perplexity on {args.eval_samples} x {args.seqlen} tokens of {args.eval}")
+    print(f"  perplexity on {values['eval_samples']} x {args.seqlen} tokens of {args.eval}")
     if "dense" in figures:
-        print(f"  sliced in {args.slice_seconds:.1f} s, by {args.samples} x {args.seqlen} tokens of {args.calibration}")
+        print(f"  sliced in {used['slice_seconds']:.1f} s, by {values['samples']} x {args.seqlen} tokens of "
+              f"{args.calibration}")
     print(f"  peak memory {values['peak_memory_bytes'] / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
