@@ -743,6 +743,7 @@ def take_shape(model, shape: dict):
     """
     check_width(model.config, len(set(shape["dimensions"])) == 1)
     model.config.slicegpt = shape
+    group_experts_if_possible(model, shape["dimensions"][0])
     if shape["shortcuts"]:
         for stages_of_layer in stages_by_layer(model):
             stages_of_layer[0].layer.forward = partial(sliced_layer, stages_of_layer)
@@ -753,6 +754,12 @@ def take_shape(model, shape: dict):
             for module in stage.layer.get_submodule(block.modules.split()[0]).modules():
                 for name in {"hidden_dim", "hidden_size", "input_size"} & vars(module).keys():
                     setattr(module, name, width)
+
+
+def group_experts_if_possible(model, width: int):
+    """Torch's product for all experts at once knows no float64, and needs rows of whole 16 bytes; else one by one."""
+    if model.dtype == torch.float64 or width * model.dtype.itemsize % 16:
+        model.config._experts_implementation = "eager"
 
 
 @torch.no_grad()
@@ -1119,6 +1126,8 @@ def tie_head(model, calibration: Tensor | None = None):
     token by its share of the calibration tokens, if there are any, plus 1 / V. For models whose embedding and head
     were one matrix; a small model has much of its size there. Fuses it if need be; a head that is tied stays.
     """
+    if calibration is not None:
+        check_tokens(model.config, calibration)
     fuse(model)
     if model.config.slicegpt.get("tied"):
         return
@@ -1176,6 +1185,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     divide_signal(model, scale, readers_too=parts.norm + ".weight" not in weights)  # OLMo's norms have no weight
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
+    group_experts_if_possible(stock, d)
     vars(stock).pop("_weight_conversions", None)  # experts are saved one by one, as engines read them
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
@@ -1484,6 +1494,7 @@ def load(name, dtype="auto", device="cpu", **options):
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
         if hasattr(config, "slicegpt") and (unknown := found["unexpected_keys"]):  # it would go on without these
             raise ValueError(f"{len(unknown)} weights are not known, among them {min(unknown)}")
+        group_experts_if_possible(model, config.hidden_size)
         return model if "device_map" in options else model.to(device), tokenizer
 
 
@@ -1607,8 +1618,8 @@ def failing(what: str, hint: str = ""):
 
 
 def first_line(error: Exception) -> str:
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1]).rstrip(".")
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
 
 
 def untrained_demo() -> tuple:
@@ -1847,7 +1858,7 @@ def run(args):
                 finetune(sliced.to(inputs.device), share(examples, even=True), seed=args.seed)
                 figures["finetuned"] = measure(args, inputs, sliced)
         finally:
-            if is_first_process():
+            if is_first_process() and figures:
                 used = {"finetune_used": None if examples is None else len(examples), "slice_seconds": seconds, "d": d}
                 try:
                     report(args, inputs, figures, used)
