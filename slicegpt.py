@@ -564,16 +564,19 @@ class Stage:
     def __str__(self):
         return f"layer {self.number}, {self.blocks[0].modules}"
 
-    def on(self, device: torch.device, dtype: torch.dtype | None = None):
-        """This stage with its layer and args on the device, and in a dtype if one is given: a copy, unless it is so."""
+    def on(self, device: torch.device):
+        """This stage with its layer and args on the device: itself, if the layer is there, or else a copy."""
+        return self if self.writers[0].weight.device == device else self.copied(device)
+
+    def copied(self, device: torch.device, dtype: torch.dtype | None = None):
+        """This stage with a copy of its layer on the device, and its args; in this dtype, if one is given."""
         def moved(a):
             return a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
 
-        layer, (args, kwargs) = self.layer, tree_map(moved, (self.args, self.kwargs))
-        if dtype or self.writers[0].weight.device != device:
-            # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy
-            memo = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in layer.parameters()}
-            layer = copy.deepcopy(layer, memo | {id(b): moved(b) for b in layer.buffers()})
+        # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy
+        memo = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in self.layer.parameters()}
+        layer = copy.deepcopy(self.layer, memo | {id(b): moved(b) for b in self.layer.buffers()})
+        args, kwargs = tree_map(moved, (self.args, self.kwargs))
         return replace(self, layer=layer, args=args, kwargs=kwargs)
 
 
@@ -805,7 +808,7 @@ def layer_is_its_stages(stages_of_layer: list[Stage], X: Tensor) -> bool:
     """
     first, dtype = stages_of_layer[0], torch.promote_types(X.dtype, torch.float32)
     device = first.writers[0].weight.device
-    first = first.on(device, dtype)  # with a copy of the layer
+    first = first.copied(device, dtype)
     centre = subtracts_mean(first.of_each_block()[0][1])
 
     def centred(X):
@@ -1742,6 +1745,7 @@ class Inputs:
     tokenizer: transformers.PreTrainedTokenizerBase
     calibration: Tensor | None  # all tokens (samples, seqlen); None for a model that is sliced already
     evaluation: Tensor  # likewise
+    finetuning: Tensor | None = None  # likewise
 
 
 def read_inputs(args) -> Inputs:
@@ -1848,41 +1852,51 @@ def check_results(args, inputs: Inputs):
             open(args.report, "a").close()
 
 
-def run(args):
-    """The program: load, measure, slice, measure again, fine-tune, measure again, print, save.
+@dataclass
+class Outcome:
+    """What the program has come to. Whatever ends it early, that is printed and saved."""
+    figures: dict = field(default_factory=dict)  # a column for each model: dense, sliced, finetuned
+    sliced: PreTrainedModel | None = None
+    not_standard: str = "it was sliced before"  # why it is no standard checkpoint, if it is none
+    seconds: float | None = None  # that slicing took
 
-    Whatever ends it early, what has been measured is printed, and what has been sliced is saved.
-    """
+
+def run(args):
+    """The program: check and read what it was given, do the work, print and save what has come of it."""
     check_options(args)
-    inputs = read_inputs(args)
+    inputs, outcome = read_inputs(args), Outcome()
     d = dimension_asked(args, inputs.config)
-    examples = finetuning_tokens(args, inputs) if args.finetune else None
+    if args.finetune:
+        inputs.finetuning = finetuning_tokens(args, inputs)
     check_results(args, inputs)
+    with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
+        try:
+            work(args, inputs, d, outcome)
+        finally:
+            if is_first_process() and outcome.figures:
+                try:
+                    report(args, inputs, d, outcome)
+                finally:
+                    if args.save and outcome.sliced is not None:
+                        save_result(args, inputs, outcome)
+
+
+def work(args, inputs: Inputs, d: int | None, outcome: Outcome):
+    """Load, measure, slice, measure again, fine-tune, measure again."""
     model, _ = load(args.model, "auto" if args.stream else inputs.dtype)
     if args.save and d:
         check_room(args.save, parameters(model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
-    figures, sliced, not_standard, seconds = {}, None, "it was sliced before", None
-    with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
-        try:
-            if inputs.calibration is None:
-                sliced = model
-            else:
-                figures["dense"] = measure(args, inputs, model)
-                start = time.perf_counter()
-                sliced, not_standard = slice_as_asked(args, inputs, d, model)
-                seconds = time.perf_counter() - start
-            figures["sliced"] = measure(args, inputs, sliced)
-            if examples is not None:
-                finetune(sliced.to(inputs.device), share(examples, even=True), seed=args.seed)
-                figures["finetuned"] = measure(args, inputs, sliced)
-        finally:
-            if is_first_process() and figures:
-                used = {"finetune_used": None if examples is None else len(examples), "slice_seconds": seconds, "d": d}
-                try:
-                    report(args, inputs, figures, used)
-                finally:
-                    if args.save and sliced is not None:
-                        keep(args, inputs, sliced, not_standard)
+    if inputs.calibration is None:
+        outcome.sliced = model
+    else:
+        outcome.figures["dense"] = measure(args, inputs, model)
+        start = time.perf_counter()
+        outcome.sliced, outcome.not_standard = slice_as_asked(args, inputs, d, model)
+        outcome.seconds = time.perf_counter() - start
+    outcome.figures["sliced"] = measure(args, inputs, outcome.sliced)
+    if inputs.finetuning is not None:
+        finetune(outcome.sliced.to(inputs.device), share(inputs.finetuning, even=True), seed=args.seed)
+        outcome.figures["finetuned"] = measure(args, inputs, outcome.sliced)
 
 
 def measure(args, inputs: Inputs, model) -> dict:
@@ -1930,36 +1944,37 @@ def slice_as_asked(args, inputs: Inputs, d: int | None, model) -> tuple[PreTrain
     return standard(model)
 
 
-def report(args, inputs: Inputs, figures: dict, used: dict):
+def report(args, inputs: Inputs, d: int | None, outcome: Outcome):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    values = vars(args) | used | {"device": inputs.device, "dtype": inputs.dtype, "saved_in": inputs.saved_in}
-    values |= {"dimension": inputs.config.hidden_size, "eval_samples": len(inputs.evaluation), "samples_used": None}
-    if inputs.calibration is not None:
-        values["samples_used"] = len(inputs.calibration)
-        values["sparsity"] = None if used["d"] is None else 1 - used["d"] / inputs.config.hidden_size
-    values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
-    values["peak_memory_bytes"] = peak_memory(inputs.device)
+    figures, tokens = outcome.figures, inputs.calibration
     print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "bytes": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
-    print(f"  perplexity on {values['eval_samples']} x {args.seqlen} tokens of {args.eval}")
-    if used["slice_seconds"] is not None:
-        print(f"  sliced in {used['slice_seconds']:.1f} s, by {values['samples_used']} x {args.seqlen} tokens of "
-              f"{args.calibration}")
-    print(f"  peak memory {values['peak_memory_bytes'] / 2**30:.2f} GiB\n")
+    print(f"  perplexity on {len(inputs.evaluation)} x {args.seqlen} tokens of {args.eval}")
+    if outcome.seconds is not None:
+        print(f"  sliced in {outcome.seconds:.1f} s, by {len(tokens)} x {args.seqlen} tokens of {args.calibration}")
+    print(f"  peak memory {peak_memory(inputs.device) / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
-    if figures.get("finetuned", {}).get("perplexity", 0) > figures.get("sliced", {}).get("perplexity", math.inf):
+    if "finetuned" in figures and figures["finetuned"]["perplexity"] > figures["sliced"]["perplexity"]:
         warn(f"fine-tuning made it worse: perplexity {figures['sliced']['perplexity']:.2f} before, and "
              f"{figures['finetuned']['perplexity']:.2f} after it; the fine-tuned model is the one that is saved")
     if args.report:
+        values = vars(args) | {
+            "device": inputs.device, "dtype": inputs.dtype, "saved_in": inputs.saved_in, "d": d,
+            "sparsity": None if d is None else 1 - d / inputs.config.hidden_size,
+            "samples_used": None if tokens is None else len(tokens), "eval_samples": len(inputs.evaluation),
+            "finetune_used": None if inputs.finetuning is None else len(inputs.finetuning),
+            "slice_seconds": outcome.seconds, "dimension": inputs.config.hidden_size,
+            "peak_memory_bytes": peak_memory(inputs.device)}
+        values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
         with failing(f"cannot save to {args.report}"):
             args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def keep(args, inputs: Inputs, model, not_standard: str):
-    """Saves the result under --save, or beside that, if something has come there meanwhile; and says where."""
-    path = args.save
+def save_result(args, inputs: Inputs, outcome: Outcome):
+    """Saves the model under --save, or beside that, if something has come there meanwhile; and says where."""
+    path, model = args.save, outcome.sliced
     try:
         unfinished(path).rmdir()
     except SliceGPTError as error:
@@ -1967,8 +1982,9 @@ def keep(args, inputs: Inputs, model, not_standard: str):
         warn(f"{error}; it is saved to {path}")
     convert(model, inputs.saved_in)
     save(model, inputs.tokenizer, path)
-    kind = f"to load with trust_remote_code=True, as {not_standard}" if not_standard else (
-        f"an ordinary {model.config.model_type} model")
+    kind = f"an ordinary {model.config.model_type} model"
+    if outcome.not_standard:
+        kind = f"to load with trust_remote_code=True, as {outcome.not_standard}"
     size = sum(file.stat().st_size for file in path.iterdir())
     print(f"\nsaved to {path}, {kind}; {str(model.dtype).removeprefix('torch.')}, {size:,} bytes")
 
