@@ -1,29 +1,26 @@
 """Every claim of the paper's section 4 about speed, cost and quality, as a command; and SparseGPT 2:4 beside it.
 
-Four commands need no real weights: speed does not depend on the weights' values, so networks of published shapes get
-random ones and nothing is downloaded. Networks take turns within one run, after a warm-up, with the device synchronised
-around every measurement. What is printed of several measurements is their median.
-
     python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (what a bare bench.py does)
     python bench.py throughput --shape opt-125m  # A.6: tokens per second, in batches as large as pays
     python bench.py ops --shape opt-6.7b         # A.7: the time of every matrix product of a layer
     python bench.py cost                         # Table 3: the time and memory of slicing and of RFT
-
-The others take a real model, and the options of slicegpt.py for it and for the texts:
-
     python bench.py table1 --models DIR DIR      # Table 1: perplexity, dense, SparseGPT 2:4, SliceGPT
     python bench.py tasks --model DIR            # Figure 5: zero-shot accuracy, dense and sliced
     python bench.py quality --plot quality.png   # perplexity against parameters and time, for all ways to slice
     python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 
-All take --json FILE and, but for ops and tasks, --plot FILE.png (needs matplotlib). Each is a function of its name, which
-appends the rows of its table to `rows` and returns the title: whatever ends it, `main` prints the rows so far.
+The first four download nothing: speed does not depend on the weights' values, so networks of published shapes get
+random ones. The others take a real model, and the options of slicegpt.py for it and for the texts. Each is a function
+of its name, which appends the rows of a table to `rows` and returns a title; whatever ends it, `main` prints the rows
+so far. What is timed takes turns, after a warm-up, with the device synchronised around every measurement; unless it is
+called a percentile, a time is the median. All take --json FILE and, but for ops and tasks, --plot FILE.png.
 """
 import argparse
 import contextlib
 import copy
 import difflib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -31,6 +28,7 @@ import sys
 import time
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
@@ -88,15 +86,12 @@ def experts(model) -> list:
 
 
 def weight_bytes(model) -> int:
-    """What must be read for one token: all weights, but of an embedding one row, and of experts those that are chosen.
-
-    A head that is tied to the embedding is read whole.
-    """
+    """What one token must read: all weights but the embedding's (if the head has others) and those of idle experts."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    left_out = 0 if embedding is head else embedding.nbytes
-    for expert in experts(model):
-        left_out += expert.weight.nbytes * (1 - model.config.num_experts_per_tok / len(expert.of_all[0]))
-    return round(sum(weight.nbytes for weight in model.parameters()) - left_out)
+    idle = sum(expert.weight.nbytes * (1 - model.config.num_experts_per_tok / len(expert.of_all[0]))
+               for expert in experts(model))
+    everything = sum(weight.nbytes for weight in model.parameters())
+    return round(everything - idle - (0 if head is embedding else embedding.nbytes))
 
 
 # ---- Measuring and showing ------------------------------------------------------------------------------------------
@@ -106,10 +101,7 @@ WARM_UP = 4  # rounds
 
 @torch.no_grad()
 def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
-    """Calls each function once a round, so that what else the machine does falls on all alike: seconds (works, rounds).
-
-    The rounds of the warm-up are not among them.
-    """
+    """Seconds (works, rounds) of functions, each called once a round: what else the machine does falls on all alike."""
     synchronize = torch.get_device_module(device).synchronize
     seconds = torch.zeros(len(works), warm_up + rounds, dtype=torch.float64)
     for number in slicegpt.progress(range(warm_up + rounds), label, unit="round"):
@@ -122,21 +114,15 @@ def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_U
     return seconds[:, warm_up:]
 
 
-def median(values: Tensor):
-    return values.quantile(0.5, -1).tolist()
-
-
 @torch.no_grad()
 def decoder(model, prompt: Tensor, static: int | None = None):
-    """A function that decodes one more token behind a prompt (B, N); compiled, if there is a `static` number of tokens.
-
-    Then the cache has room for that many, so all steps have the same shapes, and on a GPU a step is one graph: what is
-    compared is the networks, and not how fast Python starts their kernels.
-    """
+    """A function that decodes one more token behind a prompt (B, N); compiled, for `static` tokens at most."""
     token = prompt[:, :1].clone()
     if static is None:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
+    # with room for all tokens the shapes of all steps are alike, so on a GPU each is one graph, and what is measured is
+    # the network's work, not how fast Python hands it out
     past = StaticCache(model.config, max_cache_len=static)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -155,10 +141,10 @@ def show(args, title: str, rows: list[dict]):
             return f"{value:.0%}" if key == "bandwidth" else f"{value:.3f}"
         return "-" if value is None else f"{value:,d}" if isinstance(value, int) else value
 
-    keys = [key for key in dict.fromkeys(itertools.chain(*rows)) if key not in
-            ("copy_gigabytes_per_second", "eigenvalues")]
-    table = [["", *(headings.get(key, key) for key in keys[1:])]]  # the names in the first column need no heading
-    table += [[text(key, row.get(key)) for key in keys] for row in rows]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    first, *keys = [key for key in keys if key not in ("copy_gigabytes_per_second", "eigenvalues")]
+    table = [["", *(headings.get(key, key) for key in keys)]]
+    table += [[row[first], *(text(key, row.get(key)) for key in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     print(title)
     for name, *figures in table:
@@ -190,67 +176,68 @@ def draw(args, rows: list[dict], name: str, x_keys: list[str], y: str, x_scale="
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
 
-def latency(args, rows):
-    """Table 2: the time of one token, dense, sliced by a Q per block, and by one `shared` Q, beside a copy in memory.
+def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1, prompt_lengths=(128, 512), tokens=50,
+            compile=False):
+    """Table 2: the time of one token: dense, sliced by a Q for each block, and by one Q shared by all.
 
-    A round decodes one token with each and copies once. ms/token, p10, p90: median and percentiles of --tokens rounds;
-    time: the same of the ratio to the dense network. A token reads all weights, so memory is the limit: `of a copy's`
-    is GB/token by ms/token, as a share of the bytes that a copy reads and writes in that time. Fewer --layers than the
-    shape has are measured at that depth and at half of it, and extrapolated.
+    Each round decodes a token with every network, and copies some memory. ms/token, p10, p90: median and percentiles of
+    --tokens rounds; time: likewise of the ratio to the dense network. All weights are read for a token, so memory sets
+    the limit: `of a copy's` is GB/token divided by the time, as a share of what the copy reads and writes per second.
+    Networks of fewer --layers than published are measured at that depth and at half of it, and extrapolated.
     """
-    full = SHAPES[args.shape][1]["num_hidden_layers"]
-    depths = [args.layers // 2, args.layers] if args.layers and args.layers < full else [full]
+    full = SHAPES[shape][1]["num_hidden_layers"]
+    depths = [layers // 2, layers] if layers and layers < full else [full]
     if depths[0] < 1:
         raise SliceGPTError("--layers must be 0, for all, or at least 2")
-    networks = {"dense": (None, False), f"block {args.sparsity:.0%}": (args.sparsity, False),
-                f"shared {args.sparsity:.0%}": (args.sparsity, True)}
-    models = [build(args.shape, sparsity, layers, args.dtype, args.device, shared)
-              for sparsity, shared in networks.values() for layers in depths]
+    networks = {"dense": (None, False), f"block {sparsity:.0%}": (sparsity, False),
+                f"shared {sparsity:.0%}": (sparsity, True)}
+    models = [build(shape, share, depth, args.dtype, args.device, shared)
+              for share, shared in networks.values() for depth in depths]
 
-    def at_full_depth(values: Tensor) -> Tensor:
-        """(models, ..) to (networks, ..): a layer more adds as much as every layer between the two depths."""
-        values = values.unflatten(0, (len(networks), len(depths)))
-        return values[:, 0].lerp(values[:, -1], (full - depths[0]) / max(1, depths[-1] - depths[0]))
+    def at_full_depth(figures: Tensor) -> Tensor:
+        """Of the models -> of the networks; each layer beyond the lesser depth adds as much."""
+        figures = figures.unflatten(0, (len(networks), len(depths)))
+        return figures[:, 0].lerp(figures[:, -1], (full - depths[0]) / max(1, depths[-1] - depths[0]))
 
-    held = [sum(weight.nbytes for weight in model.parameters()) for model in models]
-    sizes = [[weight_bytes(model), in_all] for model, in_all in zip(models, held)]
+    sizes = [[weight_bytes(model), sum(weight.nbytes for weight in model.parameters())] for model in models]
     sizes = at_full_depth(torch.tensor(sizes, dtype=torch.float64)).tolist()
     source = torch.ones(2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # more than caches hold
     target, percentiles = torch.empty_like(source), torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    for length in args.prompt_lengths:
-        prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
-        static = max(args.prompt_lengths) + args.tokens + WARM_UP if args.compile else None
+    for length in prompt_lengths:
+        prompt = torch.randint(10, 1000, (batch_size, length), device=args.device)
+        static = max(prompt_lengths) + tokens + WARM_UP if compile else None
         works = [*(decoder(model, prompt, static) for model in models), lambda: target.copy_(source)]
-        seconds = in_turns(works, args.tokens, args.device, "decoding")
-        bandwidth, seconds = 2 * source.nbytes / median(seconds[-1]), at_full_depth(seconds[:-1])
-        for name, times, (size, in_all) in zip(networks, seconds, sizes):
+        seconds = in_turns(works, tokens, args.device, "decoding")
+        bandwidth, seconds = 2 * source.nbytes / median(seconds[-1].tolist()), at_full_depth(seconds[:-1])
+        for name, times, (size, held) in zip(networks, seconds, sizes):
             ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
             ratio, low, high = (times / seconds[0]).quantile(percentiles).tolist()
             rows.append({"network": name, "prompt": length, "ms": ms, "p10": p10, "p90": p90, "time": ratio,
-                         "time_p10": low, "time_p90": high, "gigabytes": size / 1e9,
-                         "bytes": size / sizes[0][0], "held": in_all / 1e9, "bandwidth": 1e3 * size / ms / bandwidth,
+                         "time_p10": low, "time_p90": high, "gigabytes": size / 1e9, "bytes": size / sizes[0][0],
+                         "held": held / 1e9, "bandwidth": 1e3 * size / ms / bandwidth,
                          "copy_gigabytes_per_second": bandwidth / 1e9})
     draw(args, rows, "network", ["prompt"], "ms")
-    return (f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, {args.tokens} times"
-            f"{', compiled' * args.compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
+    return (f"{shape}, {args.dtype}, {args.device}: one token, batch {batch_size}, {tokens} times"
+            f"{', compiled' * compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
             + f", extrapolated from {depths[-1]} and {depths[0]}" * (len(depths) > 1))
 
 
-def throughput(args, rows):
+def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, max_batch_size=1024, seqlen=128,
+               tokens=16):
     """A.6: tokens per second, in batches that are doubled until it drops or memory runs out, dense and sliced.
 
-    Of --seqlen tokens the --tokens in the middle are timed, as a step takes longer the more tokens there are.
+    The --tokens in the middle of --seqlen are timed, where a step takes as long as on average.
     """
     dense = None  # its best speed
-    for sparsity in (None, *args.sparsities):
+    for sparsity in (None, *sparsities):
         name, best = "dense" if sparsity is None else f"block {sparsity:.0%}", {"speed": 0}
-        model = build(args.shape, sparsity, args.layers, args.dtype, args.device)
-        for batch in [2**i for i in range(args.max_batch_size.bit_length())]:
+        model = build(shape, sparsity, layers, args.dtype, args.device)
+        for batch in [2**i for i in range(max_batch_size.bit_length())]:
             row = {"network": name, "batch": batch, "speed": None, "note": "out of memory"}
-            prompt = torch.randint(10, 1000, (batch, (args.seqlen - args.tokens) // 2), device=args.device)
+            prompt = torch.randint(10, 1000, (batch, (seqlen - tokens) // 2), device=args.device)
             try:
-                times = in_turns([decoder(model, prompt)], args.tokens, args.device, "decoding")[0]
-                row |= {"speed": batch / median(times), "note": ""}
+                times = in_turns([decoder(model, prompt)], tokens, args.device, "decoding")[0]
+                row |= {"speed": batch / median(times.tolist()), "note": ""}
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise  # the latter is how a CPU says it
@@ -262,114 +249,108 @@ def throughput(args, rows):
         dense = best["speed"] if sparsity is None else dense
         best["note"] = f"best: {best['speed'] / dense:.2f} of dense" if dense else "best"
     draw(args, rows, "network", ["batch"], "speed", "log", "log")
-    return f"{args.shape}, {args.dtype}, {args.device}: sequences of {args.seqlen} tokens"
+    return f"{shape}, {args.dtype}, {args.device}: sequences of {seqlen} tokens"
 
 
 @torch.no_grad()
-def ops(args, rows):
-    """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where the device has that.
+def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repeat=50):
+    """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where torch has that.
 
-    In ms: medians of --repeat products of so many tokens (--batch-sizes); and the ratios to the dense product.
+    In ms, the medians of --repeat rounds, for --batch-sizes tokens at once; and as ratios to the dense product.
     """
-    dense, sliced = (build(args.shape, sparsity, 1, args.dtype, args.device) for sparsity in (None, args.sparsity))
+    dense, sliced = (build(shape, share, 1, args.dtype, args.device) for share in (None, sparsity))
     if experts(dense):
         raise SliceGPTError("the products of experts are not measured here")
     random, why_not = partial(torch.randn, dtype=args.dtype, device=args.device), ""
-
-    def add(operation, tokens, ms):
-        row = {"operation": operation, "tokens": tokens, "dense": None, "sliced": None, "sparse": None} | ms
-        for kind in ("sliced", "sparse"):
-            row[f"{kind}_time"] = row[kind] / row["dense"] if row[kind] and row["dense"] else None
-        rows.append(row)
-
-    for tokens in args.batch_sizes:
+    for tokens in batch_sizes:
         products = {}  # name: {kind: function}
         for before, after in zip(stages(dense), stages(sliced)):
             for path in [path for block in before.blocks for path in (*block.W_in.split(), block.W_out)]:
                 linear, narrow = (stage.layer.get_submodule(path) for stage in (before, after))
-                x = random(tokens, linear.in_features)
-                works = {"dense": partial(linear, x), "sliced": partial(narrow, random(tokens, narrow.in_features))}
+                x, x_sliced = random(tokens, linear.in_features), random(tokens, narrow.in_features)
+                products[path] = {"dense": partial(linear, x), "sliced": partial(narrow, x_sliced)}
                 try:
                     mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
                     W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
                     nn.functional.linear(x, W, linear.bias)
-                    works["sparse"] = partial(nn.functional.linear, x, W, linear.bias)
+                    products[path]["sparse"] = partial(nn.functional.linear, x, W, linear.bias)
                 except Exception as error:  # torch has many ways to say that it has no such product
                     why_not = f"\n2:4: torch has no such product here ({slicegpt.first_line(error)})"
-                products[path] = works
-            d_in, d_out = after.shortcut.shape
-            products[after.shortcut_name] = {
-                "sliced": partial(torch.addmm, random(tokens, d_out), random(tokens, d_in), after.shortcut)}
+            S = after.shortcut  # (d_in, d_out)
+            add = partial(torch.addmm, random(tokens, S.shape[1]), random(tokens, S.shape[0]), S)
+            products[after.shortcut_name] = {"sliced": add}
         total = {"dense": 0, "sliced": 0, "sparse": 0}
         for operation, works in products.items():
-            seconds = in_turns(list(works.values()), args.repeat, args.device, operation)
-            ms = dict(zip(works, median(1e3 * seconds)))
-            add(operation, tokens, ms)
+            seconds = in_turns(list(works.values()), repeat, args.device, operation)
+            ms = {kind: 1e3 * median(times.tolist()) for kind, times in zip(works, seconds)}
             total |= {kind: total[kind] + ms[kind] for kind in ms}
-        add("all", tokens, total | ({"sparse": None} if why_not else {}))
-    return (f"{args.shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {args.repeat} times each, "
-            f"sliced {args.sparsity:.0%}{why_not}")
+            rows.append({"operation": operation, "tokens": tokens} | ms)
+        rows.append({"operation": "all", "tokens": tokens} | total | ({"sparse": None} if why_not else {}))
+    for row in rows:
+        row.setdefault("sparse")
+        for kind in ("sliced", "sparse"):
+            row[f"{kind}_time"] = row[kind] / row["dense"] if row[kind] and "dense" in row else None
+    return (f"{shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {repeat} times each, "
+            f"sliced {sparsity:.0%}{why_not}")
 
 
-def cost(args, rows):
+def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=0.25, layers=0, batch_size=8,
+         samples=(4, 8), seqlen=512, finetune=4, repeat=1):
     """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass.
 
-    Medians of --repeat rounds; `ratio` is slicing to the dense pass, which reads the same --samples. As slicing does
-    not need the head, there is a pass without it, too.
+    Medians of --repeat rounds; `ratio` is slicing to the pass, over the same --samples. As slicing does not need the
+    head, there is a pass without it, too.
     """
-    if args.finetune and not importlib.util.find_spec("peft"):
+    if finetune and not importlib.util.find_spec("peft"):
         print("without RFT: this needs the package peft: pip install peft")
-        args.finetune = 0
+        finetune = 0
 
     def forward(network, tokens):
-        for batch in tokens.split(args.batch_size):
+        for batch in tokens.split(batch_size):
             network(batch.to(args.device), use_cache=False)
 
-    @torch.enable_grad()  # which `in_turns` disables
-    def finetune(network):
-        slicegpt.finetune(network, torch.randint(10, 1000, (args.finetune, args.seqlen)))
+    @torch.enable_grad()  # `in_turns` disables it
+    def recover(network):
+        slicegpt.finetune(network, torch.randint(10, 1000, (finetune, seqlen)))
 
-    for shape, samples in itertools.product(args.shapes, args.samples):
-        model = build(shape, None, args.layers, args.dtype, args.device)
-        tokens = torch.randint(10, 1000, (samples, args.seqlen))
-        seconds, peaks = {}, {}  # lists, of a figure for each round
-        for _ in range(args.repeat if rows else 1 + args.repeat):  # the first of all is a warm-up
-            victim = copy.deepcopy(model)
+    for shape, count in itertools.product(shapes, samples):
+        model = build(shape, None, layers, args.dtype, args.device)
+        tokens = torch.randint(10, 1000, (count, seqlen))
+        rounds = []
+        for _ in range(repeat if rows else 1 + repeat):  # the first of all is a warm-up
+            victim, seconds, peaks = copy.deepcopy(model), {}, {}
             works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
-                     "slicing": partial(slice_model, victim, tokens, args.sparsity, batch_size=args.batch_size)}
-            if args.finetune:
-                works["rft"] = partial(finetune, victim)
+                     "slicing": partial(slice_model, victim, tokens, sparsity, batch_size=batch_size)}
+            if finetune:
+                works["rft"] = partial(recover, victim)
             for name, work in works.items():
                 if args.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(args.device)
                 with contextlib.suppress(OSError):  # Linux has this; elsewhere the peak is that since the beginning
                     Path("/proc/self/clear_refs").write_text("5")
-                seconds.setdefault(name, []).append(in_turns([work], 1, args.device, name, warm_up=0).item())
-                peaks.setdefault(f"{name}_peak", []).append(slicegpt.peak_memory(args.device) / 2**30)
-        figures = {key: torch.tensor(of_rounds[-args.repeat:], dtype=torch.float64)
-                   for key, of_rounds in (seconds | peaks).items()}
-        figures["ratio"] = figures["slicing"] / figures["forward"]
-        rows.append({"shape": shape, "samples": samples, "tokens": tokens.numel(), "parameters": parameters(model)}
-                    | {key: median(of_rounds) for key, of_rounds in figures.items()})
+                seconds[name] = in_turns([work], 1, args.device, name, warm_up=0).item()
+                peaks[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 2**30
+            rounds.append(seconds | peaks | {"ratio": seconds["slicing"] / seconds["forward"]})
+        rows.append({"shape": shape, "samples": count, "tokens": tokens.numel(), "parameters": parameters(model)}
+                    | {key: median(figures[key] for figures in rounds[-repeat:]) for key in rounds[0]})
     draw(args, rows, "shape", ["tokens"], "slicing", "log", "log")
     return (f"{args.dtype}, {args.device}: seconds, GiB at the peak (two copies of the model are held), sparsity "
-            f"{args.sparsity:.0%}, {args.repeat} rounds, RFT by {args.finetune} sequences")
+            f"{sparsity:.0%}, {repeat} rounds, RFT by {finetune} sequences")
 
 
-# ---- SparseGPT 2:4, the paper's baseline ----------------------------------------------------------------------------
+# ---- Quality --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
     """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
 
-    Layer by layer, each on the signal of the layers that are pruned already. Embedding and head are not pruned, as in
-    the paper. calibration: tokens (samples, N), int64. device: where to compute, with one layer there at a time. Raises
-    SliceGPTError for a mixture of experts, or a matrix whose inputs do not come in fours.
+    Layer by layer, each on the signal of those that are pruned already; embedding and head are not, as in the paper.
+    Arguments as in `slice_model`. Raises SliceGPTError for experts, or a matrix whose inputs do not come in fours.
     """
     if experts(model):
         raise SliceGPTError("SparseGPT prunes no experts here")
-    parts, zeros = slicegpt.architecture(model.config), 0
-    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, torch.device(device or model.device)):
+    device, parts, zeros = torch.device(device or model.device), slicegpt.architecture(model.config), 0
+    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
         if stage is None or parts.attention not in stage.blocks:
             continue  # an FFN is pruned with the attention of its layer, by what it reads before that is pruned
         H = {}
@@ -381,7 +362,7 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
 
         hooks = [linears[0].register_forward_pre_hook(observe) for linears in groups]
         for x in X.split(batch_size):
-            stage.layer(x.to(stage.writers[0].weight.device), *stage.args, **stage.kwargs)
+            stage.layer(x.to(device), *stage.args, **stage.kwargs)
         for hook in hooks:
             hook.remove()
         for linears in groups:
@@ -421,14 +402,11 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
     return W
 
 
-# ---- Real models ----------------------------------------------------------------------------------------------------
-
 def read_model(args, name: str, may_be_sliced: bool = False) -> argparse.Namespace:
-    """A model in eval mode, and the texts that slicegpt.py's options ask for. No other function knows these options.
+    """A model and the texts that slicegpt.py's options ask for; only this function knows what becomes of these.
 
-    calibration (None for a model that is sliced already) and evaluation are tokens (samples, N); calibrated and
-    evaluated are what a title says of them; where is how to slice. Raises SliceGPTError for a model that is sliced
-    already, unless it may be.
+    calibration (None for a model that is sliced already) and evaluation: tokens (samples, N); calibrated, evaluated:
+    what titles say of them. Raises SliceGPTError for a model that is sliced already, unless it may be.
     """
     asked = argparse.Namespace(**vars(args) | {"model": name})
     slicegpt.read_inputs(asked)
@@ -451,12 +429,12 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 }
 
 
-def table1(args, rows):
+def table1(args, rows, models: list[str] = (), round_to=8):
     """Table 1: WikiText-2 perplexity; beside the paper's, where the model's name is one of the paper's."""
     methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {s:.0%}": s for s in (0.1, 0.2, 0.25, 0.3)}
     rows += [{"method": method} for method in methods]
-    names = {Path(name).name: name for name in args.models or [args.model]}
-    for label, name in names.items():
+    labels, points = {Path(name).name: name for name in models or [args.model]}, []
+    for label, name in labels.items():
         real = read_model(args, name)
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
         for row, sparsity, published in zip(rows, methods.values(), paper):
@@ -464,39 +442,39 @@ def table1(args, rows):
             if sparsity is None:
                 sparsegpt(network, real.calibration, **real.where)
             elif sparsity > 0:
-                slice_model(network, real.calibration, sparsity, round_to=args.round_to, **real.where)
+                slice_model(network, real.calibration, sparsity, round_to=round_to, **real.where)
             with slicegpt.placed(network, real.device):
                 row[label] = slicegpt.perplexity(network, real.evaluation, device=real.device)
             row[f"{label} in the paper"] = published
-    draw(args, [{"model": label, "%": 100 * sparsity, "perplexity": row[label]} for label in names
-                for row, sparsity in zip(rows, methods.values()) if sparsity is not None],
-         "model", ["%"], "perplexity", y_scale="log")
+            if sparsity is not None:
+                points.append({"model": label, "%": 100 * sparsity, "perplexity": row[label]})
+    draw(args, points, "model", ["%"], "perplexity", y_scale="log")
     return f"{label}: perplexity on {real.evaluated}, calibrated on {real.calibrated}"
 
 
-def tasks(args, rows):
+def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", sparsity=0.25, limit=0, tasks_path=""):
     """Figure 5: zero-shot accuracy of a model and of its slice; or of a model that is sliced already.
 
     By the LM Evaluation Harness; normalised by the length of the answers (acc_norm) where a task has that, as in the
     authors' code. A group or tag stands for its tasks. --limit: questions of each task, 0 for all. --tasks-path: a
     directory with more tasks.
     """
-    manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=args.tasks_path)
+    manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=tasks_path or None)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    names = args.tasks.replace(",", " ").split()
+    names = tasks.replace(",", " ").split()
     for name in set(names) - set(manager.all_tasks):
         near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
         raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
     real, title, networks = read_model(args, args.model, may_be_sliced=True), args.model, ["sliced"]
     if real.calibration is not None:
-        title, networks = f"{title}, sliced {args.sparsity:.0%} by {real.calibrated}", ["dense", "sliced"]
+        title, networks = f"{title}, sliced {sparsity:.0%} by {real.calibrated}", ["dense", "sliced"]
     for network in networks:
         if rows:  # with what the dense model can do
-            slice_model(real.model, real.calibration, args.sparsity, **real.where)
+            slice_model(real.model, real.calibration, sparsity, **real.where)
         with slicegpt.placed(real.model, real.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
             judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(real.model, tokenizer=real.tokenizer)
             results = slicegpt.optional("lm_eval").simple_evaluate(
-                judged, tasks=names, task_manager=manager, limit=args.limit or None)
+                judged, tasks=names, task_manager=manager, limit=limit or None)
         if not rows:
             rows += [{"task": name} for name in results["results"] if not results["group_subtasks"].get(name)]
         for row in rows:
@@ -510,62 +488,59 @@ def tasks(args, rows):
     return f"{title}: accuracy and its standard error"
 
 
-def quality(args, rows):
+def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: list[float] = (), round_to=8, learn=0, eval_also="",
+            formats: list[str] = ()):
     """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
 
     --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
     or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to.
-    All networks decode a token in turns, in up to 50 rounds; ms and the ratio to the dense network are medians.
+    Up to 50 rounds are timed, in which each network decodes a token; `time` is of the ratio to the dense network.
     """
-    for format in args.formats:
-        block = gguf_format(format)[1]
-        if args.round_to % block:
-            raise SliceGPTError(f"{' and '.join(args.formats)}: --round-to must be a multiple of {block}")
     real = read_model(args, args.model)
-    for format in args.formats:
-        rounded(real.model, format)  # raises for a matrix that does not come in such blocks
+    for format in formats:
+        rounded(real.model, format, round_to)  # raises for what does not come in its blocks
     model, calibration, D = real.model.to(real.device), real.calibration, real.model.config.hidden_size
     texts, (samples, seqlen) = {"perplexity": real.evaluation}, real.evaluation.shape
-    if args.eval_also:
-        text = slicegpt.read_text(args.eval_also, evaluation=True)
-        texts[f"on {Path(args.eval_also).name}"] = slicegpt.tokenize(real.tokenizer, text, seqlen, samples)
+    if eval_also:
+        text = slicegpt.read_text(eval_also, evaluation=True)
+        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(real.tokenizer, text, seqlen, samples)
 
-    # which network is made how; a share of the parameters that cannot be reached is found out here, before the work
-    by_sparsity = [sliced_dimension(D, sparsity, args.round_to) for sparsity in args.sparsities]
-    one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    d_shared = {head: [slicegpt.dimension_for(model.config, share, args.round_to, "shared", head)
-                       for share in args.params] or by_sparsity for head in ["sliced", "tied"][:1 + one_matrix]}
-    plan = [("block", "sliced", False, d) for d in by_sparsity]
-    for learned, head in itertools.product([False, True][:1 + bool(args.learn)], d_shared):
-        method = "shared" + ", learned" * learned + ", tied" * (head == "tied")
-        plan += [(method, head, learned, d) for d in d_shared[head]]
-
+    heads = {"shared": "sliced", "shared, tied": "tied"}
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        del heads["shared, tied"]
+    # of each method; a share of the parameters that cannot be reached is found out here, before the work
+    dimensions = {"block": [sliced_dimension(D, sparsity, round_to) for sparsity in sparsities]}
+    dimensions |= {method: [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
+                   or dimensions["block"] for method, head in heads.items()}
+    for method in heads if learn else ():
+        dimensions[method.replace("shared", "shared, learned")] = dimensions[method]
     fused = copy.deepcopy(model)
     Q = slicegpt.shared_rotation(fused, calibration, **real.where)  # one for all sizes
 
     @cache
     def rotation(columns: int, learned: bool) -> Tensor:
         start = Q[:, :columns]
-        return slicegpt.learn_rotation(fused, calibration, start, args.learn, seed=args.seed) if learned else start
+        return slicegpt.learn_rotation(fused, calibration, start, learn, seed=args.seed) if learned else start
 
     def spread(d: int) -> Tensor:  # it changes nothing (Theorem 1), but weights of one size lose less when rounded
         return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=real.device)).Q
 
-    def sliced(method: str, head: str, learned: bool, d: int):
-        network = copy.deepcopy(model)
+    def sliced(method: str, d: int):
+        network, head = copy.deepcopy(model), "tied" if "tied" in method else "sliced"
         if method == "block":
-            slice_model(network, calibration, 1 - d / D, round_to=args.round_to, **real.where)
+            slice_model(network, calibration, 1 - d / D, round_to=round_to, **real.where)
             slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
         else:
             columns = slicegpt.columns_to_keep(model.config, d, head)
-            slicegpt.rotate(network, rotation(columns, learned) @ spread(columns))
+            slicegpt.rotate(network, rotation(columns, "learned" in method) @ spread(columns))
         if head == "tied":
             slicegpt.tie_head(network, calibration)
         return slicegpt.standard(network)[0]
 
     sparse = copy.deepcopy(model)
     pruned = sparsegpt(sparse, calibration, **real.where)
-    networks = [("dense", model), ("SparseGPT 2:4", sparse), *((how[0], sliced(*how)) for how in plan)]
+    networks = [("dense", model), ("SparseGPT 2:4", sparse)]
+    networks += [(method, sliced(method, d)) for method in dimensions for d in dimensions[method]]
     prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=real.device)
     steps = [decoder(network, prompt) for _, network in networks]
     seconds = in_turns(steps, max(1, min(50, seqlen // 2 - WARM_UP)), real.device, "decoding")
@@ -574,11 +549,11 @@ def quality(args, rows):
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
                "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
-        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * median(times),
-                "time": median(times / seconds[0])}
+        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * median(times.tolist()),
+                "time": median((times / seconds[0]).tolist())}
         rows.append(row)
         row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
-        for format in args.formats if network is not sparse else ():
+        for format in formats if network is not sparse else ():
             stored, smaller = rounded(network, format)
             row[f"{format} GB/token"] = smaller * row["gigabytes"]
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
@@ -587,46 +562,42 @@ def quality(args, rows):
             "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products")
 
 
-def gguf_format(format: str) -> tuple:
-    """Of a format of llama.cpp: its number, and the weights and the bytes of a block. Raises SliceGPTError."""
-    gguf = slicegpt.optional("gguf")
-    with slicegpt.failing(f"cannot round the weights to {format}"):
-        number = gguf.GGMLQuantizationType[format]
-        return number, *gguf.GGML_QUANT_SIZES[number]
-
-
 @torch.no_grad()
-def rounded(model, format: str) -> tuple:
+def rounded(model, format: str, round_to: int = 0) -> tuple:
     """A copy of a model with its matrices as a format of llama.cpp keeps them, and the share of the bytes that takes.
 
-    (The norms' scales, which are not rounded, are counted as if they were.) Raises SliceGPTError.
+    (The norms' scales, which are not rounded, are counted as if they were.) Raises SliceGPTError for matrices, or a
+    --round-to, that are no multiples of the format's blocks.
     """
-    number, weights, size = gguf_format(format)
-    model, quants = copy.deepcopy(model), slicegpt.optional("gguf.quants")
+    gguf, quants = slicegpt.optional("gguf"), slicegpt.optional("gguf.quants")
     with slicegpt.failing(f"cannot round the weights to {format}"):
+        kind = gguf.GGMLQuantizationType[format]
+        block, size = gguf.GGML_QUANT_SIZES[kind]  # weights, bytes
+        if round_to % block:
+            raise SliceGPTError(f"{format}: --round-to must be a multiple of {block}")
+        model = copy.deepcopy(model)
         for W in model.parameters():
             if W.dim() > 1:
-                stored = quants.quantize(W.float().cpu().numpy(), number)
-                W.copy_(torch.from_numpy(quants.dequantize(stored, number)))
-    return model, size / weights / model.dtype.itemsize
+                W.copy_(torch.from_numpy(quants.dequantize(quants.quantize(W.float().cpu().numpy(), kind), kind)))
+    return model, size / block / model.dtype.itemsize
 
 
 @torch.no_grad()
 def spectrum(args, rows):
-    """Figure 8: the eigenvalues of the FFN's inputs in each layer of the dense network, relative to the largest.
+    """Figure 8: the eigenvalues of the FFN's inputs, in each layer of the dense network, relative to the largest.
 
-    The columns: of how many directions the share of the variance is the first to be at least that large.
+    Printed is how many directions it takes to have 90% of their sum, the variance, and so on; --json has them all.
     """
-    real, shares = read_model(args, args.model), (0.9, 0.99, 0.999)
+    real = read_model(args, args.model)
     slicegpt.fuse(real.model)
     parts = slicegpt.architecture(real.model.config)
     norm = real.model.get_submodule(parts.norm)  # fused, all norms are alike
     for stage, X in slicegpt.signals(real.model, real.calibration, **real.where):
         if stage is not None and parts.ffn in stage.blocks:
-            C = slicegpt.covariance_of(X, norm, stage, **real.where)
-            eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
-            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | {
-                f"{share:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - share, round_to=1) for share in shares})
+            eigenvalues = slicegpt.pca(slicegpt.covariance_of(X, norm, stage, **real.where))[0].clamp_min(0).cpu()
+            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()})
+            rows[-1] |= {f"{kept:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - kept, round_to=1)
+                         for kept in (0.9, 0.99, 0.999)}
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", ["component"], "eigenvalue / largest", y_scale="log")
@@ -636,23 +607,9 @@ def spectrum(args, rows):
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-SPEED = {  # the commands, and their options with their defaults; an option's type in a list: none by default
-    latency: {"shape": "opt-125m", "sparsity": 0.25, "layers": 0, "batch_size": 1, "prompt_lengths": [128, 512],
-              "tokens": 50, "compile": False},
-    throughput: {"shape": "opt-125m", "sparsities": [0.25, 0.5], "layers": 0, "max_batch_size": 1024, "seqlen": 128,
-                 "tokens": 16},
-    ops: {"shape": "opt-125m", "sparsity": 0.25, "batch_sizes": [1, 2048], "repeat": 50},
-    cost: {"shapes": ["opt-125m", "opt-350m-like", "opt-1.3b"], "sparsity": 0.25, "layers": 0, "batch_size": 8,
-           "samples": [4, 8], "seqlen": 512, "finetune": 4, "repeat": 1},
-}
-REAL = {  # likewise; these take slicegpt.py's options for a model, too
-    table1: {"models": [str], "round_to": 8},
-    tasks: {"tasks": "piqa,winogrande,hellaswag,arc_easy,arc_challenge", "sparsity": 0.25, "limit": 0,
-            "tasks_path": ""},
-    quality: {"sparsities": [0.1, 0.2, 0.3], "params": [float], "round_to": 8, "learn": 0, "eval_also": "",
-              "formats": [str]},
-    spectrum: {},
-}
+# an option of a command is a parameter of its function, from which it has its type and default
+SPEED = (latency, throughput, ops, cost)
+REAL = (table1, tasks, quality, spectrum)  # these have slicegpt.py's options for a model, too
 
 
 def main(argv=None) -> int:
@@ -660,24 +617,21 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("bench.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
-    for work, options in (SPEED | REAL).items():
+    for work in SPEED + REAL:
         command = commands.add_parser(work.__name__, description=work.__doc__, allow_abbrev=False)
-        command.set_defaults(work=work, plot=None)
-        add = command.add_argument
+        add, (_, _, *options) = command.add_argument, inspect.signature(work).parameters.values()
+        command.set_defaults(work=work, options=[option.name for option in options], plot=None)
         if work in REAL:
             slicegpt.add_inputs(add)
         else:
             add("--device", help="default: cuda if there is one, else cpu")
             add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-        for name, default in options.items():
-            several = isinstance(default, list)
-            example = default[0] if several else default
-            if isinstance(example, type):
-                default = []
-            kind = {"action": "store_true"} if default is False else {
-                "type": example if isinstance(example, type) else type(example), "nargs": "+" if several else None,
-                "choices": SHAPES if "shape" in name else None}
-            add("--" + name.replace("_", "-"), default=default, help=f"default: {default}", **kind)
+        for option in options:
+            default, several = option.default, isinstance(option.default, tuple)
+            kind = type(default[0] if several else default) if default != () else option.annotation.__args__[0]
+            how = {"action": "store_true"} if kind is bool else {
+                "type": kind, "nargs": "+" if several else None, "choices": SHAPES if "shape" in option.name else None}
+            add("--" + option.name.replace("_", "-"), default=default, help=f"default: {default}", **how)
         add("--json", type=Path, metavar="FILE", help="write the figures here")
         if work not in (ops, tasks):
             add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
@@ -697,7 +651,7 @@ def main(argv=None) -> int:
             args.device = slicegpt.find_device(args.device)
             args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
         try:
-            title = args.work(args, rows)
+            title = args.work(args, rows, **{name: getattr(args, name) for name in args.options})
         finally:
             if rows:
                 show(args, title, rows)
