@@ -298,8 +298,8 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
          samples=(4, 8), seqlen=512, finetune=4, repeat=1):
     """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass.
 
-    Medians of --repeat rounds; `ratio` is slicing to the pass, over the same --samples. As slicing does not need the
-    head, there is a pass without it, too.
+    Medians of --repeat rounds; `ratio` is slicing to the pass over the same --samples. Slicing needs no head, so there
+    is a pass without it, too.
     """
     if finetune and not importlib.util.find_spec("peft"):
         print("without RFT: this needs the package peft: pip install peft")
@@ -309,20 +309,15 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
         for batch in tokens.split(batch_size):
             network(batch.to(args.device), use_cache=False)
 
-    @torch.enable_grad()  # `in_turns` disables it
-    def recover(network):
-        slicegpt.finetune(network, torch.randint(10, 1000, (finetune, seqlen)))
-
     for shape, count in itertools.product(shapes, samples):
-        model = build(shape, None, layers, args.dtype, args.device)
-        tokens = torch.randint(10, 1000, (count, seqlen))
-        rounds = []
+        model, rounds = build(shape, None, layers, args.dtype, args.device), []
+        tokens, learned = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
         for _ in range(repeat if rows else 1 + repeat):  # the first of all is a warm-up
             victim, seconds, peaks = copy.deepcopy(model), {}, {}
             works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
                      "slicing": partial(slice_model, victim, tokens, sparsity, batch_size=batch_size)}
             if finetune:
-                works["rft"] = partial(recover, victim)
+                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, victim, learned))
             for name, work in works.items():
                 if args.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(args.device)
@@ -433,9 +428,9 @@ def table1(args, rows, models: list[str] = (), round_to=8):
     """Table 1: WikiText-2 perplexity; beside the paper's, where the model's name is one of the paper's."""
     methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {s:.0%}": s for s in (0.1, 0.2, 0.25, 0.3)}
     rows += [{"method": method} for method in methods]
-    labels, points = {Path(name).name: name for name in models or [args.model]}, []
-    for label, name in labels.items():
-        real = read_model(args, name)
+    points = []
+    for name in models or [args.model]:
+        label, real = Path(name).name, read_model(args, name)
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
         for row, sparsity, published in zip(rows, methods.values(), paper):
             network = copy.deepcopy(real.model)
@@ -636,6 +631,8 @@ def main(argv=None) -> int:
         if work not in (ops, tasks):
             add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
     args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
+    transformers.logging.set_verbosity_error()
+    transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: slicegpt.progress(*args, **kwargs))
     torch.manual_seed(0)
     rows, title = [], "measured before it ended:"
     try:
