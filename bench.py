@@ -33,7 +33,6 @@ from statistics import median
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import slicegpt
 from slicegpt import SliceGPTError, parameters, slice_model, sliced_dimension, stages
@@ -68,12 +67,12 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
 
 
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A network of a published shape, with so many layers (0: all); with a sparsity, sliced by a Q per block or one."""
+    """A network of a published shape, of so many layers (0: all), dense, sliced by a Q per block, or a shared one."""
     family, options = SHAPES[shape]
-    config = AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
+    config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     with torch.device(device):
         if sparsity is None:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         d = sliced_dimension(config.hidden_size, sparsity)
         config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
         base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -101,7 +100,7 @@ WARM_UP = 4  # rounds
 
 @torch.no_grad()
 def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
-    """Seconds (works, rounds) of functions, each called once a round: what else the machine does falls on all alike."""
+    """Seconds (works, rounds), after a warm-up. A round calls each once, so that disturbances fall on all alike."""
     synchronize = torch.get_device_module(device).synchronize
     seconds = torch.zeros(len(works), warm_up + rounds, dtype=torch.float64)
     for number in slicegpt.progress(range(warm_up + rounds), label, unit="round"):
@@ -123,7 +122,7 @@ def decoder(model, prompt: Tensor, static: int | None = None):
         return lambda: model(token, cache=past, use_cache=True)
     # with room for all tokens the shapes of all steps are alike, so on a GPU each is one graph, and what is measured is
     # the network's work, not how fast Python hands it out
-    past = StaticCache(model.config, max_cache_len=static)
+    past = transformers.StaticCache(model.config, max_cache_len=static)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
     positions = torch.full((len(prompt), 1), prompt.shape[1] - 1, device=prompt.device)
@@ -132,7 +131,7 @@ def decoder(model, prompt: Tensor, static: int | None = None):
 
 
 def show(args, title: str, rows: list[dict]):
-    """Prints the rows as a table, a column for each key that is a figure to read; and writes them for --json."""
+    """Prints the rows as a table: a name, which is under the first key, and the figures; and writes them for --json."""
     headings = {"ms": "ms/token", "gigabytes": "GB/token", "held": "GB in all", "bandwidth": "of a copy's",
                 "speed": "tokens/s", "sparse": "2:4", "forward": "dense pass", "body": "without head"}  # else the key
 
@@ -141,8 +140,8 @@ def show(args, title: str, rows: list[dict]):
             return f"{value:.0%}" if key == "bandwidth" else f"{value:.3f}"
         return "-" if value is None else f"{value:,d}" if isinstance(value, int) else value
 
-    keys = dict.fromkeys(key for row in rows for key in row)
-    first, *keys = [key for key in keys if key not in ("copy_gigabytes_per_second", "eigenvalues")]
+    first, *keys = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in keys if key not in ("copy_gigabytes_per_second", "eigenvalues")]  # for --json only
     table = [["", *(headings.get(key, key) for key in keys)]]
     table += [[row[first], *(text(key, row.get(key)) for key in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -180,10 +179,10 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
             compile=False):
     """Table 2: the time of one token: dense, sliced by a Q for each block, and by one Q shared by all.
 
-    Each round decodes a token with every network, and copies some memory. ms/token, p10, p90: median and percentiles of
-    --tokens rounds; time: likewise of the ratio to the dense network. All weights are read for a token, so memory sets
-    the limit: `of a copy's` is GB/token divided by the time, as a share of what the copy reads and writes per second.
-    Networks of fewer --layers than published are measured at that depth and at half of it, and extrapolated.
+    In each of --tokens rounds, every network decodes a token, and some memory is copied. ms/token, p10, p90: median and
+    percentiles; time, time_p10, time_p90: those of the ratio to the dense network. All weights are read for a token, so
+    memory sets the limit: `of a copy's` is GB/token divided by the time, as a share of the GB that the copy reads and
+    writes in a second. Fewer --layers than published are measured, as is half of them, and extrapolated to all.
     """
     full = SHAPES[shape][1]["num_hidden_layers"]
     depths = [layers // 2, layers] if layers and layers < full else [full]
@@ -224,9 +223,9 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
 
 def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, max_batch_size=1024, seqlen=128,
                tokens=16):
-    """A.6: tokens per second, in batches that are doubled until it drops or memory runs out, dense and sliced.
+    """A.6: tokens per second, of batches that are doubled until it drops or memory runs out, dense and sliced.
 
-    The --tokens in the middle of --seqlen are timed, where a step takes as long as on average.
+    It is the batch by the median time of --tokens steps, which are those in the middle of --seqlen tokens.
     """
     dense = None  # its best speed
     for sparsity in (None, *sparsities):
@@ -256,7 +255,7 @@ def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, m
 def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repeat=50):
     """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where torch has that.
 
-    In ms, the medians of --repeat rounds, for --batch-sizes tokens at once; and as ratios to the dense product.
+    In ms, the medians of --repeat rounds, for each of --batch-sizes, in tokens; and as ratios to the dense product.
     """
     dense, sliced = (build(shape, share, 1, args.dtype, args.device) for share in (None, sparsity))
     if experts(dense):
@@ -276,9 +275,9 @@ def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repe
                     products[path]["sparse"] = partial(nn.functional.linear, x, W, linear.bias)
                 except Exception as error:  # torch has many ways to say that it has no such product
                     why_not = f"\n2:4: torch has no such product here ({slicegpt.first_line(error)})"
-            S = after.shortcut  # (d_in, d_out)
-            add = partial(torch.addmm, random(tokens, S.shape[1]), random(tokens, S.shape[0]), S)
-            products[after.shortcut_name] = {"sliced": add}
+            d_in, d_out = after.shortcut.shape
+            X, Z = random(tokens, d_in), random(tokens, d_out)
+            products[after.shortcut_name] = {"sliced": partial(torch.addmm, Z, X, after.shortcut)}  # X S + Z
         total = {"dense": 0, "sliced": 0, "sparse": 0}
         for operation, works in products.items():
             seconds = in_turns(list(works.values()), repeat, args.device, operation)
@@ -317,7 +316,7 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
             works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
                      "slicing": partial(slice_model, victim, tokens, sparsity, batch_size=batch_size)}
             if finetune:
-                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, victim, learned))
+                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, victim, learned))  # in `in_turns`, too
             for name, work in works.items():
                 if args.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(args.device)
@@ -460,12 +459,12 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
     for name in set(names) - set(manager.all_tasks):
         near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
         raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
-    real, title, networks = read_model(args, args.model, may_be_sliced=True), args.model, ["sliced"]
-    if real.calibration is not None:
-        title, networks = f"{title}, sliced {sparsity:.0%} by {real.calibrated}", ["dense", "sliced"]
+    real, title = read_model(args, args.model, may_be_sliced=True), args.model
+    networks = ["sliced"] if real.calibration is None else ["dense", "sliced"]
     for network in networks:
-        if rows:  # with what the dense model can do
+        if network == "sliced" and real.calibration is not None:
             slice_model(real.model, real.calibration, sparsity, **real.where)
+            title += f", sliced {sparsity:.0%} by {real.calibrated}"
         with slicegpt.placed(real.model, real.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
             judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(real.model, tokenizer=real.tokenizer)
             results = slicegpt.optional("lm_eval").simple_evaluate(
@@ -489,28 +488,24 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: list[float] = (), ro
 
     --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
     or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to.
-    Up to 50 rounds are timed, in which each network decodes a token; `time` is of the ratio to the dense network.
+    In each of up to 50 rounds every network decodes a token: ms/token is the median of its times, `time` that of their
+    ratios to the dense network's.
     """
     real = read_model(args, args.model)
     for format in formats:
-        rounded(real.model, format, round_to)  # raises for what does not come in its blocks
-    model, calibration, D = real.model.to(real.device), real.calibration, real.model.config.hidden_size
+        rounded(real.model, format, round_to)  # raises for what does not come in the format's blocks
     texts, (samples, seqlen) = {"perplexity": real.evaluation}, real.evaluation.shape
     if eval_also:
         text = slicegpt.read_text(eval_also, evaluation=True)
         texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(real.tokenizer, text, seqlen, samples)
-
-    heads = {"shared": "sliced", "shared, tied": "tied"}
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        del heads["shared, tied"]
-    # of each method; a share of the parameters that cannot be reached is found out here, before the work
-    dimensions = {"block": [sliced_dimension(D, sparsity, round_to) for sparsity in sparsities]}
-    dimensions |= {method: [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
-                   or dimensions["block"] for method, head in heads.items()}
-    for method in heads if learn else ():
-        dimensions[method.replace("shared", "shared, learned")] = dimensions[method]
+    model, calibration = real.model.to(real.device), real.calibration
+    one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    # the dimensions of one Q for all; what cannot be reached is found out here, before the work
+    by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, round_to) for sparsity in sparsities]
+    widths = {head: [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
+              or by_sparsity for head in ["sliced"] + ["tied"] * one_matrix}
     fused = copy.deepcopy(model)
-    Q = slicegpt.shared_rotation(fused, calibration, **real.where)  # one for all sizes
+    Q = slicegpt.shared_rotation(fused, calibration, **real.where)  # of which each size takes the first columns
 
     @cache
     def rotation(columns: int, learned: bool) -> Tensor:
@@ -520,22 +515,21 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: list[float] = (), ro
     def spread(d: int) -> Tensor:  # it changes nothing (Theorem 1), but weights of one size lose less when rounded
         return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=real.device)).Q
 
-    def sliced(method: str, d: int):
-        network, head = copy.deepcopy(model), "tied" if "tied" in method else "sliced"
-        if method == "block":
-            slice_model(network, calibration, 1 - d / D, round_to=round_to, **real.where)
-            slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
-        else:
-            columns = slicegpt.columns_to_keep(model.config, d, head)
-            slicegpt.rotate(network, rotation(columns, "learned" in method) @ spread(columns))
-        if head == "tied":
-            slicegpt.tie_head(network, calibration)
-        return slicegpt.standard(network)[0]
-
     sparse = copy.deepcopy(model)
     pruned = sparsegpt(sparse, calibration, **real.where)
     networks = [("dense", model), ("SparseGPT 2:4", sparse)]
-    networks += [(method, sliced(method, d)) for method in dimensions for d in dimensions[method]]
+    for sparsity in sparsities:
+        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **real.where)
+        slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
+        networks.append(("block", network))
+    for learned, head in itertools.product([False, True] if learn else [False], widths):
+        for d in widths[head]:
+            network, columns = copy.deepcopy(model), slicegpt.columns_to_keep(model.config, d, head)
+            slicegpt.rotate(network, rotation(columns, learned) @ spread(columns))
+            if head == "tied":
+                slicegpt.tie_head(network, calibration)
+            method = "shared" + ", learned" * learned + ", tied" * (head == "tied")
+            networks.append((method, slicegpt.standard(network)[0]))
     prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=real.device)
     steps = [decoder(network, prompt) for _, network in networks]
     seconds = in_turns(steps, max(1, min(50, seqlen // 2 - WARM_UP)), real.device, "decoding")
@@ -602,9 +596,8 @@ def spectrum(args, rows):
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-# an option of a command is a parameter of its function, from which it has its type and default
 SPEED = (latency, throughput, ops, cost)
-REAL = (table1, tasks, quality, spectrum)  # these have slicegpt.py's options for a model, too
+REAL = (table1, tasks, quality, spectrum)
 
 
 def main(argv=None) -> int:
@@ -621,12 +614,13 @@ def main(argv=None) -> int:
         else:
             add("--device", help="default: cuda if there is one, else cpu")
             add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-        for option in options:
-            default, several = option.default, isinstance(option.default, tuple)
-            kind = type(default[0] if several else default) if default != () else option.annotation.__args__[0]
+        for option in options:  # the function's parameters behind args and rows: each has the type of its default
+            several = isinstance(option.default, tuple)
+            examples = option.default if several else [option.default]
+            kind = type(examples[0]) if examples else option.annotation.__args__[0]
             how = {"action": "store_true"} if kind is bool else {
                 "type": kind, "nargs": "+" if several else None, "choices": SHAPES if "shape" in option.name else None}
-            add("--" + option.name.replace("_", "-"), default=default, help=f"default: {default}", **how)
+            add("--" + option.name.replace("_", "-"), default=option.default, help=f"default: {option.default}", **how)
         add("--json", type=Path, metavar="FILE", help="write the figures here")
         if work not in (ops, tasks):
             add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
