@@ -10,10 +10,12 @@
     python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 
 The first four download nothing: speed does not depend on the weights' values, so networks of published shapes get
-random ones. The others take a real model, and the options of slicegpt.py for it and for the texts. Each is a function
-of its name, which appends the rows of a table to `rows` and returns a title; whatever ends it, `main` prints the rows
-so far. What is timed takes turns, after a warm-up, with the device synchronised around every measurement; unless it is
-called a percentile, a time is the median. All take --json FILE and, but for ops and tasks, --plot FILE.png.
+random ones. The others take a real model, and the options of slicegpt.py for it and for the texts. All take --json FILE
+and, but for ops and tasks, --plot FILE.png (needs matplotlib). What is timed takes turns, after a warm-up, with the
+device synchronised around every measurement; unless it is called a percentile, a time is the median.
+
+A command is a function of its name, with its own options as parameters behind `args`, which has the shared ones, and
+`rows`. It appends the rows of a table to these and returns a title; whatever ends it, `main` prints the rows so far.
 """
 import argparse
 import contextlib
@@ -88,7 +90,7 @@ def weight_bytes(model) -> int:
     """What one token must read: all weights but the embedding's (if the head has others) and those of idle experts."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     idle = sum(expert.weight.nbytes * (1 - model.config.num_experts_per_tok / len(expert.of_all[0]))
-               for expert in experts(model))
+               for expert in experts(model))  # of_all[0] has a row for each expert of a layer
     everything = sum(weight.nbytes for weight in model.parameters())
     return round(everything - idle - (0 if head is embedding else embedding.nbytes))
 
@@ -120,8 +122,8 @@ def decoder(model, prompt: Tensor, static: int | None = None):
     if static is None:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
-    # with room for all tokens the shapes of all steps are alike, so on a GPU each is one graph, and what is measured is
-    # the network's work, not how fast Python hands it out
+    # with room for all tokens, all steps have the same shapes: on a GPU a step is then one graph, and what is measured
+    # is the network's work, not how fast Python hands it out
     past = transformers.StaticCache(model.config, max_cache_len=static)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -315,8 +317,8 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
             victim, seconds, peaks = copy.deepcopy(model), {}, {}
             works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
                      "slicing": partial(slice_model, victim, tokens, sparsity, batch_size=batch_size)}
-            if finetune:
-                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, victim, learned))  # in `in_turns`, too
+            if finetune:  # with gradients, which `in_turns` disables
+                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, victim, learned))
             for name, work in works.items():
                 if args.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(args.device)
@@ -614,7 +616,7 @@ def main(argv=None) -> int:
         else:
             add("--device", help="default: cuda if there is one, else cpu")
             add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-        for option in options:  # the function's parameters behind args and rows: each has the type of its default
+        for option in options:  # the parameters behind args and rows; an option has the type of its default
             several = isinstance(option.default, tuple)
             examples = option.default if several else [option.default]
             kind = type(examples[0]) if examples else option.annotation.__args__[0]
