@@ -429,9 +429,10 @@ def table1(args, rows, models: list[str] = (), round_to=8):
     """Table 1: WikiText-2 perplexity; beside the paper's, where the model's name is one of the paper's."""
     methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {s:.0%}": s for s in (0.1, 0.2, 0.25, 0.3)}
     rows += [{"method": method} for method in methods]
-    points = []
+    points, titles = [], []
     for name in models or [args.model]:
         label, real = Path(name).name, read_model(args, name)
+        titles.append(f"{label}: perplexity on {real.evaluated}, calibrated on {real.calibrated}")
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
         for row, sparsity, published in zip(rows, methods.values(), paper):
             network = copy.deepcopy(real.model)
@@ -445,7 +446,7 @@ def table1(args, rows, models: list[str] = (), round_to=8):
             if sparsity is not None:
                 points.append({"model": label, "%": 100 * sparsity, "perplexity": row[label]})
     draw(args, points, "model", ["%"], "perplexity", y_scale="log")
-    return f"{label}: perplexity on {real.evaluated}, calibrated on {real.calibrated}"
+    return "\n".join(titles)
 
 
 def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", sparsity=0.25, limit=0, tasks_path=""):
