@@ -494,9 +494,12 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: list[float] = (), ro
     In each of up to 50 rounds every network decodes a token: ms/token is the median of its times, `time` that of their
     ratios to the dense network's.
     """
+    for block in (gguf_format(format)[1] for format in formats):
+        if round_to % block:
+            raise SliceGPTError(f"{' and '.join(formats)}: --round-to must be a multiple of {block}")
     real = read_model(args, args.model)
     for format in formats:
-        rounded(real.model, format, round_to)  # raises for what does not come in the format's blocks
+        rounded(real.model, format)  # raises for a matrix that does not come in the format's blocks
     texts, (samples, seqlen) = {"perplexity": real.evaluation}, real.evaluation.shape
     if eval_also:
         text = slicegpt.read_text(eval_also, evaluation=True)
@@ -554,23 +557,28 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: list[float] = (), ro
             "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products")
 
 
-@torch.no_grad()
-def rounded(model, format: str, round_to: int = 0) -> tuple:
-    """A copy of a model with its matrices as a format of llama.cpp keeps them, and the share of the bytes that takes.
-
-    (The norms' scales, which are not rounded, are counted as if they were.) Raises SliceGPTError for matrices, or a
-    --round-to, that are no multiples of the format's blocks.
-    """
+def gguf_format(format: str) -> tuple:
+    """Of a format of llama.cpp: gguf's number for it, and the weights and bytes of a block. Raises SliceGPTError."""
     gguf, quants = slicegpt.optional("gguf"), slicegpt.optional("gguf.quants")
     with slicegpt.failing(f"cannot round the weights to {format}"):
-        kind = gguf.GGMLQuantizationType[format]
-        block, size = gguf.GGML_QUANT_SIZES[kind]  # weights, bytes
-        if round_to % block:
-            raise SliceGPTError(f"{format}: --round-to must be a multiple of {block}")
-        model = copy.deepcopy(model)
+        number = gguf.GGMLQuantizationType[format]
+        block, size = gguf.GGML_QUANT_SIZES[number]
+        quants.quantize(torch.zeros(1, block).numpy(), number)  # gguf can read more formats than it can write
+        return number, block, size
+
+
+@torch.no_grad()
+def rounded(model, format: str) -> tuple:
+    """A copy of a model with its matrices as a format of llama.cpp keeps them, and the share of the bytes that takes.
+
+    (The norms' scales, which are not rounded, are counted as if they were.) Raises SliceGPTError.
+    """
+    (number, block, size), quants, model = gguf_format(format), slicegpt.optional("gguf.quants"), copy.deepcopy(model)
+    with slicegpt.failing(f"cannot round the weights to {format}"):
         for W in model.parameters():
             if W.dim() > 1:
-                W.copy_(torch.from_numpy(quants.dequantize(quants.quantize(W.float().cpu().numpy(), kind), kind)))
+                stored = quants.quantize(W.float().cpu().numpy(), number)
+                W.copy_(torch.from_numpy(quants.dequantize(stored, number)))
     return model, size / block / model.dtype.itemsize
 
 
