@@ -2027,7 +2027,20 @@ def peak_memory(device) -> int:
 
 
 def main(argv=None) -> int:
-    """The exit code: 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
+    """The exit code, see `exit_code`."""
+    def work():
+        args = parse_arguments(argv)
+        if dist.is_torchelastic_launched():
+            dist.init_process_group()
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        run(args)
+
+    return exit_code("slicegpt", work)
+
+
+def exit_code(program: str, work) -> int:
+    """Calls work(): 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))  # its bars, too
@@ -2036,14 +2049,9 @@ def main(argv=None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        args = parse_arguments(argv)
-        if dist.is_torchelastic_launched():
-            dist.init_process_group()
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        run(args)
+        work()
     except (SliceGPTError, torch.OutOfMemoryError) as error:
-        print(f"slicegpt: {first_line(error)}", file=sys.stderr)
+        print(f"{program}: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
