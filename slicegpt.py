@@ -495,23 +495,24 @@ ARCHITECTURES = {  # by the config's model_type; the tests draw networks of each
 def architecture(config) -> Architecture:
     """The row of the table for a Hugging Face config. Raises SliceGPTError, with the reason, if it cannot be sliced."""
     get, family = vars(config).get, config.model_type
-    reasons = {
-        "it is an encoder-decoder": get("is_encoder_decoder"),
-        "it has cross-attention": get("add_cross_attention"),
-        "its blocks are parallel": family == "stablelm" and get("use_parallel_residual"),  # through a norm of its own
-        "it has no last norm": get("_remove_final_layer_norm"),
-        "its weights are quantised (slice the original and quantise the result)":
-            get("quantization_config") and not get("slicegpt"),
-        "it normalises after its blocks (post-norm), and such a signal cannot be rotated":
-            get("do_layer_norm_before") is False,
-        "its embedding is projected": get("word_embed_proj_dim") not in (None, get("hidden_size")),
-        "its architecture is not known here": family not in ARCHITECTURES}
-    if any(reasons.values()):
-        raise SliceGPTError(f"cannot slice a {family} model like this: "
-                            f"{', and '.join(reason for reason, holds in reasons.items() if holds)}. "
+    reasons = [reason for holds, reason in [
+        (get("is_encoder_decoder"), "it is an encoder-decoder"),
+        (get("add_cross_attention"), "it has cross-attention"),
+        (family == "stablelm" and get("use_parallel_residual"), "its blocks are parallel"),  # with norms of their own
+        (get("_remove_final_layer_norm"), "it has no last norm"),
+        (get("quantization_config") and not get("slicegpt"),
+         "its weights are quantised (slice the original and quantise the result)"),
+        (get("do_layer_norm_before") is False,
+         "it normalises after its blocks (post-norm), and such a signal cannot be rotated"),
+        (get("word_embed_proj_dim") not in (None, get("hidden_size")), "its embedding is projected"),
+        (family not in ARCHITECTURES, "its architecture is not known here")] if holds]
+    if reasons:
+        raise SliceGPTError(f"cannot slice a {family} model like this: {', and '.join(reasons)}. "
                             f"Can be sliced: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[family]
 
+
+# ---- Stages, and their weights --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Stage:
@@ -767,6 +768,8 @@ def ungroup_experts_if_need_be(model, width: int):
     if model.dtype == torch.float64 or width * model.dtype.itemsize % 16:
         model.config._experts_implementation = "eager"
 
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def check_row(model):
@@ -1092,9 +1095,8 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     K = agreed(torch.linalg.qr(Q_0, mode="complete").Q[:, Q.shape[1]:])
     T = torch.zeros(K.shape[1], Q.shape[1], dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
     T.requires_grad_().register_hook(total)
-    scale = 1.0  # of the columns of T, see below
 
-    def cost(batch):
+    def cost(batch, scale):  # of the columns of T
         tokens = share(batch).to(model.device)
         with torch.no_grad():
             expected = at_least_float32(model(tokens, use_cache=False).logits).softmax(-1).mul_(0.8)
@@ -1107,11 +1109,11 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
 
     with frozen(model):
         # along a strong signal small turns do harm: a column whose first gradient is above the median moves less
-        gradients = torch.autograd.grad(cost(first), T)[0].norm(dim=0).clamp_min(torch.finfo(T.dtype).tiny)
+        gradients = torch.autograd.grad(cost(first, 1.0), T)[0].norm(dim=0).clamp_min(torch.finfo(T.dtype).tiny)
         scale = (gradients.median() / gradients).clamp_max(1)
         if learning_rate is None:
             learning_rate = 0.07 / math.sqrt(len(Q))
-        descend([T], batches, cost, learning_rate, "learning the rotation")
+        descend([T], batches, partial(cost, scale=scale), learning_rate, "learning the rotation")
     return torch.linalg.qr(Q_0 + K @ (T * scale).detach().double()).Q
 
 
