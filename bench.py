@@ -405,13 +405,12 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
 # ---- Real models ----------------------------------------------------------------------------------------------------
 
 def read_model(args, may_be_sliced: bool = False):
-    """(The options as `slicegpt.read_inputs` completes them, the model in eval mode).
+    """(What slicegpt.py's options ask for, the model in eval mode). Completes the options in `args`.
 
     Raises SliceGPTError for a model that is sliced already, unless it may be one.
     """
-    inputs = argparse.Namespace(**vars(args))
-    slicegpt.read_inputs(inputs)
-    if inputs.calibration_tokens is None and not may_be_sliced:
+    inputs = slicegpt.read_inputs(args)
+    if inputs.calibration is None and not may_be_sliced:
         raise SliceGPTError(f"{args.model} is sliced already")
     return inputs, slicegpt.load(args.model, inputs.dtype)[0].eval()
 
@@ -431,8 +430,9 @@ def table1(args, rows):
     rows += [{"method": name} for name in ("dense", "SparseGPT 2:4", *(f"SliceGPT {s:.0%}" for s in sparsities))]
     labels = {Path(name).name: name for name in [name or args.model for name in args.models]}
     for label, name in labels.items():
-        inputs, model = read_model(argparse.Namespace(**vars(args) | {"model": name}))
-        tokens, where = inputs.calibration_tokens, {"batch_size": args.batch_size, "device": inputs.device}
+        options = argparse.Namespace(**vars(args) | {"model": name})
+        inputs, model = read_model(options)
+        tokens, where = inputs.calibration, {"batch_size": args.batch_size, "device": inputs.device}
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
         for row, sparsity, published in zip(rows, (0, None, *sparsities), paper):
             network = copy.deepcopy(model)
@@ -441,12 +441,12 @@ def table1(args, rows):
             elif sparsity > 0:
                 slice_model(network, tokens, sparsity, round_to=args.round_to, **where)
             with slicegpt.placed(network, inputs.device):
-                row[label] = slicegpt.perplexity(network, inputs.evaluation_tokens, device=inputs.device)
+                row[label] = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
             row[f"{label} in the paper"] = published
     draw(args, [{"model": label, "%": 100 * s, "perplexity": row[label]} for label in labels
                 for s, row in zip((0, *sparsities), [rows[0], *rows[2:]])], "model", "%", "perplexity", log="y")
-    return (f"perplexity on {inputs.eval}, sequences of {inputs.seqlen} tokens, calibrated on {inputs.samples} of "
-            f"{inputs.calibration}")
+    return (f"perplexity on {options.eval}, sequences of {options.seqlen} tokens, calibrated on "
+            f"{len(inputs.calibration)} of {options.calibration}")
 
 
 def tasks(args, rows):
@@ -483,10 +483,11 @@ def tasks(args, rows):
             row.update({network: accuracy, f"{network}_error": None if error == "N/A" else error})
         average[network] = sum(row[network] for row in rows) / len(rows)
 
-    if inputs.calibration_tokens is not None:
+    if inputs.calibration is not None:
         measure("dense")
-        slice_model(model, inputs.calibration_tokens, args.sparsity, batch_size=args.batch_size, device=inputs.device)
-        title += f", sliced {args.sparsity:.0%} by {inputs.samples} x {inputs.seqlen} tokens of {inputs.calibration}"
+        slice_model(model, inputs.calibration, args.sparsity, batch_size=args.batch_size, device=inputs.device)
+        title += (f", sliced {args.sparsity:.0%} by {len(inputs.calibration)} x {args.seqlen} tokens of "
+                  f"{args.calibration}")
     measure("sliced")
     rows.append(average)
     return f"{title}: accuracy and its standard error"
@@ -505,11 +506,11 @@ def quality(args, rows):
     inputs, model = read_model(args)
     for format in formats:
         rounded(model, format)  # raises for a matrix that does not come in such blocks
-    calibration, where = inputs.calibration_tokens, {"batch_size": args.batch_size, "device": inputs.device}
-    texts = {"perplexity": inputs.evaluation_tokens}
+    calibration, where = inputs.calibration, {"batch_size": args.batch_size, "device": inputs.device}
+    texts = {"perplexity": inputs.evaluation}
     if args.eval_also:
-        text = slicegpt.tokenize(inputs.tokenizer, slicegpt.read_text(args.eval_also, True), inputs.seqlen)
-        texts[f"on {Path(args.eval_also).name}"] = text[:inputs.eval_samples]
+        text = slicegpt.tokenize(inputs.tokenizer, slicegpt.read_text(args.eval_also, True), args.seqlen)
+        texts[f"on {Path(args.eval_also).name}"] = text[:args.eval_samples]
     fused, by_params = copy.deepcopy(model.to(inputs.device)), any(args.params)
     one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     d_block = {size: sliced_dimension(model.config.hidden_size, size, args.round_to) for size in args.sparsities}
@@ -547,9 +548,9 @@ def quality(args, rows):
         if ("learned" not in method or args.learn) and ("tied" not in method or one_matrix):
             networks += [(method, sliced(copy.deepcopy(model), size), 0)
                          for size in (args.params if by_params and method != "block" else args.sparsities)]
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, inputs.seqlen // 2)), device=inputs.device)
+    prompt = torch.randint(model.config.vocab_size, (1, min(128, args.seqlen // 2)), device=inputs.device)
     steps = [decoder(network, prompt) for _, network, _ in networks]
-    seconds = in_turns(steps, max(1, min(50, inputs.seqlen // 2 - WARM_UP)), inputs.device, "decoding")
+    seconds = in_turns(steps, max(1, min(50, args.seqlen // 2 - WARM_UP)), inputs.device, "decoding")
     for (method, network, zeros), times in zip(networks, seconds):
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # stored with each weight that is not zero: 2 bits of where
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
@@ -563,8 +564,8 @@ def quality(args, rows):
             row[f"{format} GB/token"] = smaller * row["gigabytes"]
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
     draw(args, rows, "method", "parameters time", "perplexity", log="y")
-    return (f"{args.model}: {inputs.eval_samples} x {inputs.seqlen} tokens of {inputs.eval}, calibrated on "
-            f"{inputs.samples} x {inputs.seqlen} of {inputs.calibration}; one token on {inputs.device}, batch 1.\n"
+    return (f"{args.model}: {len(inputs.evaluation)} x {args.seqlen} tokens of {args.eval}, calibrated on "
+            f"{len(calibration)} x {args.seqlen} of {args.calibration}; one token on {inputs.device}, batch 1.\n"
             "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products")
 
 
@@ -604,7 +605,7 @@ def spectrum(args, rows):
     slicegpt.fuse(model)
     parts, shares = slicegpt.architecture(model.config), (0.9, 0.99, 0.999)
     norm = model.get_submodule(parts.norm)  # fused, all norms are alike
-    for stage, X in slicegpt.signals(model, inputs.calibration_tokens, args.batch_size, inputs.device):
+    for stage, X in slicegpt.signals(model, inputs.calibration, args.batch_size, inputs.device):
         if stage is not None and parts.ffn in stage.blocks:
             C = slicegpt.covariance_of(X, norm, stage, args.batch_size, inputs.device)
             eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
@@ -614,8 +615,8 @@ def spectrum(args, rows):
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", "component", "eigenvalue / largest", log="y")
-    return (f"{args.model}, inputs of the FFN, {inputs.samples} x {inputs.seqlen} tokens of {inputs.calibration}: of "
-            f"{model.config.hidden_size} dimensions, how many have that share of the variance")
+    return (f"{args.model}, inputs of the FFN, {len(inputs.calibration)} x {args.seqlen} tokens of "
+            f"{args.calibration}: of {model.config.hidden_size} dimensions, how many have that share of the variance")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -87,6 +88,10 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    raise ImportError(f"slicegpt.py needs transformers 5.24 or newer, and this is {transformers.__version__}")
 
 
 class SliceGPTError(ValueError):
@@ -149,14 +154,14 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
     del model.config.slicegpt  # until `take_shape`: a model that an error leaves halfway is refused by `fuse`
     Q_in = next(Qs)  # (D, d)
     widths = [Q_in.shape[1]]
-    for W_embd in embeddings(model):
-        rotate_writer(W_embd, Q_in)  # Eq. 3
+    for embedding in embeddings(model):
+        rotate_writer(embedding, Q_in)  # Eq. 3
     for stage in stages(model):
         Q_out = next(Qs)
-        for W_in in stage.readers:
-            rotate_reader(W_in, Q_in)  # Eq. 4
-        for W_out in stage.writers:
-            rotate_writer(W_out, Q_out)  # Eq. 5, 6
+        for reader in stage.readers:
+            rotate_reader(reader, Q_in)  # Eq. 4
+        for writer in stage.writers:
+            rotate_writer(writer, Q_out)  # Eq. 5, 6
         if shortcuts:  # with one Q for all signals, Q^T Q = I
             rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
         Q_in = Q_out
@@ -191,34 +196,35 @@ def fuse(model):
     By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T; sqrt(D) stays, in our RMSNorm. diag(alpha) and
     beta move into the W_in after the norm, or into the head after the last norm; M into everything that writes the
     signal. A Hugging Face RMSNorm has only alpha. Arithmetic is in float64. A head that shares the embedding's matrix
-    gets one of its own, as the two now differ. A fused model stays as it is. Raises SliceGPTError, before anything
-    changes, if this file cannot slice such a model.
+    gets one of its own, as the two now differ. Sets the model to eval mode; otherwise, a fused model stays as it is.
+    Raises SliceGPTError, before anything changes, if this file cannot slice such a model.
     """
+    model.eval()
     if hasattr(model.config, "slicegpt"):  # then it is fused
         return
     become_sliced(model)  # checks that it can be; mixes SlicedForCausalLM into its class; unties its head
     parts, D = architecture(model.config), model.config.hidden_size
     norm = model.get_submodule(parts.norm)
+    model.set_submodule(parts.norm, without_scale(norm, D))  # first: a model with an RMSNorm of ours is not fused again
     centre = subtracts_mean(norm)  # all norms of a model are of one kind
     if centre:
-        for W_embd in embeddings(model):
-            centre_writer(W_embd)
+        for embedding in embeddings(model):
+            centre_writer(embedding)
     for stage in stages(model):
         fuse_stage(stage, D, centre)
     fuse_reader(model.get_output_embeddings(), norm, parts.norm_offset)
-    model.set_submodule(parts.norm, without_scale(norm, D))
     take_shape(model, {"dimensions": [D] * (1 + len(stages(model))), "shortcuts": False})
 
 
 def fuse_stage(stage, D: int, centre: bool):
     """Figure 3 for one stage. Each of its blocks has a norm, which parallel blocks may share."""
     for path, norm, readers, writers in stage.of_each_block():
-        stage.layer.set_submodule(path, without_scale(norm, D))  # first: a model with one is not fused again
-        for W_in in readers:
-            fuse_reader(W_in, norm, stage.norm_offset)
+        for reader in readers:
+            fuse_reader(reader, norm, stage.norm_offset)
         if centre:
-            for W_out in writers:
-                centre_writer(W_out)
+            for writer in writers:
+                centre_writer(writer)
+        stage.layer.set_submodule(path, without_scale(norm, D))
 
 
 def fuse_reader(module, norm, offset: float):
@@ -270,11 +276,12 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
         raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
     if discard_variance is not None and not 0 <= discard_variance < 1:
         raise SliceGPTError(f"discard_variance must be at least 0 and below 1, not {discard_variance}")
+    check_positive(round_to=round_to, batch_size=batch_size)
     device, D = torch.device(device or model.device), model.config.hidden_size
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
     widths_equal = discard_variance is None and (head == "sliced" or d == D)  # some models need that
     check_sliceable(model.config, calibration, widths_equal)
-    fuse(model.eval())
+    fuse(model)
 
     def width(stage, eigenvalues: Tensor) -> int:
         if stage is None and head == "full":  # the last signal
@@ -539,11 +546,11 @@ class Stage:
 
     @property
     def readers(self) -> list:
-        return [W_in for block in self.blocks for W_in in submodules(self.layer, block.W_in)]
+        return [reader for _, _, readers, _ in self.of_each_block() for reader in readers]
 
     @property
     def writers(self) -> list:
-        return [W_out for block in self.blocks for W_out in submodules(self.layer, block.W_out)]
+        return [writer for _, _, _, writers in self.of_each_block() for writer in writers]
 
     @property
     def shortcut(self) -> Tensor | None:
@@ -573,11 +580,11 @@ def stages_by_layer(model) -> list[list[Stage]]:
     """For each layer: attention, then FFN; or one stage with both, if they are parallel."""
     parts = architecture(model.config)
     if getattr(model.config, "use_parallel_residual", parts.parallel):
-        kinds = [((parts.attention, parts.ffn), "shortcut")]
+        of_a_layer = {"shortcut": (parts.attention, parts.ffn)}
     else:
-        kinds = [((parts.attention,), "attention_shortcut"), ((parts.ffn,), "mlp_shortcut")]
-    return [[Stage(layer, number, *kind, parts.norm_offset, getattr(layer, "residual_multiplier", 1.0))
-             for kind in kinds] for number, layer in enumerate(layers(model))]
+        of_a_layer = {"attention_shortcut": (parts.attention,), "mlp_shortcut": (parts.ffn,)}
+    return [[Stage(layer, number, blocks, shortcut_name, parts.norm_offset, getattr(layer, "residual_multiplier", 1.0))
+             for shortcut_name, blocks in of_a_layer.items()] for number, layer in enumerate(layers(model))]
 
 
 def stages(model) -> list[Stage]:
@@ -590,7 +597,7 @@ def layers(model) -> nn.ModuleList:
 
 
 def embeddings(model) -> list:
-    """All W_embd."""
+    """The modules that have a W_embd."""
     return submodules(model, architecture(model.config).embeddings)
 
 
@@ -753,56 +760,75 @@ def check_row(model):
     """Raises SliceGPTError if a dense model computes something else than its row in the table says.
 
     A class that only looks like one of the table, or one that has changed, is found out here, before a weight changes.
-    One signal X, of random tokens, is given to every layer twice: to the layer as it is, and to a fused copy that adds
-    up its stages. Both compute in float32 at least, as rounding to a narrow type would hide differences. What the head
-    reads must have the direction of what the last norm gives for X. Medians over the tokens are compared, as rounding
-    may send a few to another expert; the errors of right models are some 1e-6, those of wrong ones 1e-2 or more.
+    The signal X of random tokens is given to every layer, and to the head. Medians over the tokens are compared, as
+    rounding may send a few to another expert.
     """
     if model.device.type == "meta":  # without values
         return
-    D, norm = model.config.hidden_size, model.get_submodule(architecture(model.config).norm)
-    was_training = model.training
     tokens = torch.randint(model.config.vocab_size, (1, min(16, positions(model.config))),
                            generator=torch.Generator().manual_seed(0))
-    X, stages_with_args = embed(model.eval(), tokens)
-    read_by_head = []
-    head = model.get_output_embeddings()
-    with replaced_layers(model, lambda _, X, *args, **kwargs: X), head.register_forward_pre_hook(
-            lambda _, inputs: read_by_head.append(inputs[0])):
-        model(tokens.to(model.device), use_cache=False)
-    cosines = F.cosine_similarity(norm(X.to(model.device)).double(), read_by_head[0].double(), dim=-1)
-    right = cosines.median() > 0.99
-
-    def centred(X):
-        return X - X.mean(-1, True) if subtracts_mean(norm) else X
-
-    dtype = torch.promote_types(model.dtype, torch.float32)
+    X, stages_with_args = embed(model, tokens)
+    right = head_reads_last_norm(model, tokens, X)
     for _, stages_of_layer in itertools.groupby(stages_with_args, attrgetter("number")):
-        first, *others = stages_of_layer
-        first = first.on(first.writers[0].weight.device, dtype)  # with a copy of the layer
-        dense = centred(X.to(first.writers[0].weight.device, dtype))
-        expected = centred(first.layer(dense, *first.args, **first.kwargs))
-        found = dense
-        for stage in [first, *(replace(first, blocks=other.blocks) for other in others)]:  # all of that one copy
-            fuse_stage(stage, D, subtracts_mean(norm))
-            found = found + stage(found)
-        error, added = (found - expected).norm(dim=-1), (expected - dense).norm(dim=-1)
-        right = right and error.median() <= 1e-3 * added.median()
-    model.train(was_training)
+        right = right and layer_is_its_stages([*stages_of_layer], X)
     if not right:
         raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
 
 
+def head_reads_last_norm(model, tokens: Tensor, X: Tensor) -> bool:
+    """Whether the head reads what the last norm gives, up to a factor; of X, the tokens' first signal."""
+    read = []
+    head, norm = model.get_output_embeddings(), model.get_submodule(architecture(model.config).norm)
+    with replaced_layers(model, lambda _, X, *args, **kwargs: X), head.register_forward_pre_hook(
+            lambda _, inputs: read.append(inputs[0])):
+        model(tokens.to(model.device), use_cache=False)
+    cosines = F.cosine_similarity(norm(X.to(model.device)).double(), read[0].double(), dim=-1)
+    return cosines.median() > 0.99
+
+
+def layer_is_its_stages(stages_of_layer: list[Stage], X: Tensor) -> bool:
+    """Whether a dense layer computes of X what a fused copy of it does, by its stages.
+
+    Both compute in float32 at least, as rounding to a narrow type would hide differences: the errors of right models
+    are some 1e-6 of what the layer adds, those of wrong ones 1e-2 or more.
+    """
+    first, dtype = stages_of_layer[0], torch.promote_types(X.dtype, torch.float32)
+    device = first.writers[0].weight.device
+    first = first.on(device, dtype)  # with a copy of the layer
+    centre = subtracts_mean(first.of_each_block()[0][1])
+
+    def centred(X):
+        return X - X.mean(-1, True) if centre else X
+
+    X = centred(X.to(device, dtype))
+    expected, found = centred(first.layer(X, *first.args, **first.kwargs)), X
+    for stage in [replace(first, blocks=stage.blocks) for stage in stages_of_layer]:
+        fuse_stage(stage, X.shape[-1], centre)
+        found = found + stage(found)
+    error, added = (found - expected).norm(dim=-1), (expected - X).norm(dim=-1)
+    return error.median() <= 1e-3 * added.median()
+
+
 def check_tokens(config, tokens: Tensor):
-    """Raises SliceGPTError if such a model cannot take these tokens (.., N)."""
+    """Raises SliceGPTError if these are no tokens (samples, N), int64, or such a model cannot take them."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
+        found = f"{tokens.dtype} of shape {(*tokens.shape,)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise SliceGPTError(f"tokens must be a tensor of int64, of shape (samples, N), and not {found}")
     if tokens.numel() == 0:
         raise SliceGPTError("there are no tokens")
-    if tokens.shape[-1] > positions(config):
-        raise SliceGPTError(f"sequences of {tokens.shape[-1]} tokens are longer than the model's {positions(config)} "
+    if tokens.shape[1] > positions(config):
+        raise SliceGPTError(f"sequences of {tokens.shape[1]} tokens are longer than the model's {positions(config)} "
                             "positions")
-    if tokens.max() >= config.vocab_size:
-        raise SliceGPTError(f"the model knows {config.vocab_size} tokens, and there is a token {tokens.max()}; is the "
-                            "tokenizer another model's?")
+    for token in (tokens.min(), tokens.max()):
+        if not 0 <= token < config.vocab_size:
+            raise SliceGPTError(f"the model knows {config.vocab_size} tokens, and there is a token {token}; is the "
+                                "tokenizer another model's?")
+
+
+def check_positive(**values: int):
+    for name, value in values.items():
+        if value < 1:
+            raise SliceGPTError(f"{name} must be at least 1, not {value}")
 
 
 def check_sliceable(config, calibration: Tensor, widths_equal: bool = True):
@@ -878,6 +904,7 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
 
     Sets the model to eval mode. batch_size: sequences at a time; by default some 4096 tokens, as logits are large.
     """
+    check_tokens(model.config, tokens)
     device = device or model.device
     model.eval()
     loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
@@ -894,10 +921,11 @@ def generate(model, tokenizer, prompt: str, device=None) -> str:
     """The prompt, continued by 40 tokens, or as many as the model has positions for, each the likeliest."""
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device or model.device)
     length = min(tokens.shape[1] + 40, positions(model.config))
-    with failing(f"cannot continue the prompt {prompt!r}"):  # a checkpoint's own settings can be wrong
+    ours = transformers.GenerationConfig(max_length=length, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+                                         pad_token_id=tokenizer.eos_token_id)
+    with failing(f"cannot continue the prompt {prompt!r}"), patch.object(model, "generation_config", ours):
         if length > tokens.shape[1]:
-            tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_length=length, do_sample=False,
-                                    pad_token_id=tokenizer.eos_token_id)
+            tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens))
         return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
@@ -954,6 +982,7 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
     gets adapters on the W_in of attention. In the end they are merged into the weights, in place. If the loss is not
     finite, SliceGPTError is raised, and the weights stay what they were.
     """
+    check_tokens(model.config, tokens)
     peft, parts = optional("peft"), architecture(model.config)
     targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
     targets = targets or [path.rpartition(".")[2] for path in parts.attention.W_in.split()]
@@ -998,8 +1027,9 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     signal that is not finite.
     """
     device = torch.device(device or model.device)
+    check_positive(batch_size=batch_size)
     check_sliceable(model.config, calibration)
-    fuse(model.eval())
+    fuse(model)
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
     C = 0
     for stage, X in signals(model, calibration, batch_size, device):
@@ -1023,8 +1053,9 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     Fuses the model, and sets it to eval mode; its weights do not change. Raises SliceGPTError for a cost that is not
     finite.
     """
+    check_positive(steps=steps, batch_size=batch_size)
     check_sliceable(model.config, calibration)
-    fuse(model.eval())
+    fuse(model)
     calibration = all_samples(calibration)
     length = min(256, calibration.shape[1])
     pieces = calibration[:, :calibration.shape[1] // length * length].reshape(-1, length)
@@ -1051,7 +1082,9 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
         # along a strong signal small turns do harm: a column whose first gradient is above the median moves less
         gradients = torch.autograd.grad(cost(first), T)[0].norm(dim=0).clamp_min(torch.finfo(T.dtype).tiny)
         scale = (gradients.median() / gradients).clamp_max(1)
-        descend([T], batches, cost, learning_rate or 0.07 / math.sqrt(len(Q)), "learning the rotation")
+        if learning_rate is None:
+            learning_rate = 0.07 / math.sqrt(len(Q))
+        descend([T], batches, cost, learning_rate, "learning the rotation")
     return torch.linalg.qr(Q_0 + K @ (T * scale).detach().double()).Q
 
 
@@ -1071,8 +1104,8 @@ def projected(model, Q: Tensor):
         return X
 
     with contextlib.ExitStack() as hooks:
-        for W_embd in embeddings(model):
-            hooks.enter_context(W_embd.register_forward_hook(lambda module, inputs, X: X @ QQ))
+        for embedding in embeddings(model):
+            hooks.enter_context(embedding.register_forward_hook(lambda module, inputs, X: X @ QQ))
         hooks.enter_context(replaced_layers(model, forward))
         yield
 
@@ -1110,55 +1143,68 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     """(A model of Hugging Face's own class, equal to a sliced model, ""); or (the model, why there is none).
 
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
-    |x|^2 / D + eps, which is the same if the signal is x sqrt(d / D): so all that writes the signal is multiplied by
-    sqrt(d / D), in place, and the norms get a weight of sqrt(D / d). A LayerNorm does the same to a signal whose mean
-    is 0: for that, the signal is first rotated into one dimension more (`mean_free`), if its mean is not 0 already.
-    The given model is used up, unless it is returned.
+    |x|^2 / D + eps, which is the same if the signal is x / scale, with scale = sqrt(D / d): so all that writes the
+    signal is divided by it, and the norms get it as their weight. A LayerNorm does the same to a signal whose mean is
+    0, which `into_mean_zero` achieves. All this is done in place: the given model is used up, or comes back, then
+    perhaps with one dimension more.
     """
-    shape, parts, D = model.config.slicegpt, architecture(model.config), model.config.hidden_size
+    if not hasattr(model.config, "slicegpt"):
+        raise SliceGPTError("a dense model is a standard one; this is for sliced ones")
+    shape, parts = model.config.slicegpt, architecture(model.config)
     if shape["shortcuts"]:
         return model, "it has shortcuts"
     if shape.get("tied"):
         return model, "its head is tied through a matrix of its own"
     if not parts.mean_free and not hasattr(model.config, "rms_norm_eps"):
         return model, "its norms are LayerNorms, which subtract a mean"
-    W_embd, d, H = matrix(model.get_input_embeddings()), shape["dimensions"][0], None
-    if parts.mean_free and (W_embd.is_meta or W_embd.mean(1).abs().max() > 1e-3 * W_embd.abs().mean()):
-        d, H = d + 1, mean_free(d)
+    if parts.mean_free:
+        rotate(model, into_mean_zero(model))
+    D, d = model.config.hidden_size, model.config.slicegpt["dimensions"][0]
     try:
         config = stock_config(model.config, d)
     except Exception as error:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
-    if H is not None:
-        rotate(model, H)
-    for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
-        if parts.mean_free:  # what reads a signal of mean 0 may have rows of mean 0, as `stock_weights` needs
-            set_matrix(module, matrix(module) - matrix(module).mean(0))
     base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
     scale = math.sqrt(D / d)
     weights = stock_weights(model, stock.state_dict(), scale)
     if weights is None:
-        if H is not None:
-            rotate(model, H.T)  # back
         return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
-    # Gemma's embedding multiplies by the square root of the hidden size, so it has been divided by `scale` already
-    writers = [module for module in embeddings(model) if not hasattr(module, "embed_scale")]
-    for module in writers + [W_out for stage in stages(model) for W_out in stage.writers]:
-        for parameter in (module.weight, getattr(module, "bias", None)):
-            if parameter is not None:
-                parameter.copy_(parameter.double() / scale)  # in `weights`, too, which has the same tensors
-    if parts.norm + ".weight" not in stock.state_dict():  # OLMo's norms have no weight, so their readers take it
-        for module in [model.get_output_embeddings(), *(W_in for stage in stages(model) for W_in in stage.readers)]:
-            module.weight.mul_(scale)
+    divide_signal(model, scale, readers_too=parts.norm + ".weight" not in weights)  # OLMo's norms have no weight
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
     vars(stock).pop("_weight_conversions", None)  # experts are saved one by one, as engines read them
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
+
+
+def into_mean_zero(model) -> Tensor:
+    """Q (d, d + 1): rotates the signal into one dimension more, where its mean is 0. It is M (d, d), if that is 0 now.
+
+    So a LayerNorm finds no mean to subtract. The rows of Q are orthonormal, and orthogonal to the vector of ones; so
+    the columns of Q^T W_in have mean 0, too, which `stock_weights` needs.
+    """
+    W_embd = matrix(model.get_input_embeddings())
+    is_zero = not W_embd.is_meta and W_embd.mean(1).abs().max() <= 1e-3 * W_embd.abs().mean()
+    ones = torch.ones(W_embd.shape[1] + (not is_zero), 1, dtype=torch.float64)
+    rows = torch.linalg.qr(ones, mode="complete").Q[:, 1:].T
+    return rows.T @ rows if is_zero else rows
+
+
+def divide_signal(model, scale: float, readers_too: bool):
+    """Divides the signal by `scale`, in place; readers_too: and multiplies by it what reads the norms."""
+    # Gemma's embedding multiplies by the square root of the hidden size, so it is divided already
+    writers = [module for module in embeddings(model) if not hasattr(module, "embed_scale")]
+    for module in writers + [writer for stage in stages(model) for writer in stage.writers]:
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            if parameter is not None:
+                parameter.copy_(parameter.double() / scale)
+    if readers_too:
+        for module in [model.get_output_embeddings(), *(reader for stage in stages(model) for reader in stage.readers)]:
+            module.weight.mul_(scale)
 
 
 def stock_weights(model, expected: dict, scale: float) -> dict | None:
@@ -1169,7 +1215,7 @@ def stock_weights(model, expected: dict, scale: float) -> dict | None:
             names = [name.replace(fused, piece) for piece in pieces.split()]
             weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
     # beta of a LayerNorm became a bias b of W_in, which the stock class may lack. With a LayerNorm bias of 1, it reads
-    # x + 1 instead of x. Both x and the rows of W_in have mean 0, so (W_in + b 1^T / d)(x + 1) = W_in x + b
+    # x + 1 instead of x. Both x and the rows of a Linear's W have mean 0, so (W + b 1^T / d)(x + 1) = W x + b
     lacking = [name for name in weights.keys() - expected.keys()
                if architecture(model.config).mean_free and name.endswith("bias")]
     for name in lacking:
@@ -1183,14 +1229,6 @@ def stock_weights(model, expected: dict, scale: float) -> dict | None:
         weights[name] = torch.full(expected[name].shape, value, dtype=model.dtype, device=model.device)
     same = {name: W.shape for name, W in weights.items()} == {name: W.shape for name, W in expected.items()}
     return weights if same else None
-
-
-def mean_free(d: int) -> Tensor:
-    """(d, d + 1), with orthonormal rows of mean 0: rotates any signal into d + 1 dimensions in which its mean is 0.
-
-    So a LayerNorm finds no mean to subtract. The rows span what is orthogonal to the vector of ones.
-    """
-    return torch.linalg.qr(torch.ones(d + 1, 1, dtype=torch.float64), mode="complete").Q[:, 1:].T
 
 
 def stock_config(config, d: int):
@@ -1220,6 +1258,9 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
     They are counted in networks that are sliced on the meta device, where there are shapes only. Raises SliceGPTError,
     with what can be had, if there is none.
     """
+    if params > 1:
+        raise SliceGPTError(f"a share of the parameters is at most 1, and not {params}")
+
     def share_of(d) -> float:  # grows with d, so the largest can be found by bisection
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -1261,6 +1302,10 @@ def share(samples: Tensor, even: bool = False) -> Tensor:
     if even:
         return samples[list(torch.utils.data.DistributedSampler(samples, shuffle=False))]
     return samples[dist.get_rank()::dist.get_world_size()]
+
+
+def is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def total(C: Tensor) -> Tensor:
@@ -1392,6 +1437,8 @@ def become_sliced(model):
     """
     if hasattr(model, "peft_config"):
         raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
+    if not isinstance(model, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
+        raise SliceGPTError(f"a {type(model).__name__} is not one of transformers' causal language models")
     if any(isinstance(module, RMSNorm) for module in model.modules()):
         raise SliceGPTError("an error left it half fused or half rotated: load it again")
     check_row(model)
@@ -1423,7 +1470,7 @@ def load(name, dtype="auto", device="cpu", **options):
         try:
             save(model, tokenizer, path)
         except SliceGPTError as error:  # another process was faster, or nothing can be written there
-            print(f"slicegpt: the demo model is not kept: {error}", file=sys.stderr)
+            warn(f"the demo model is not kept: {error}")
         return model.to(device, None if dtype == "auto" else dtype), tokenizer
     with failing(f"cannot load {name}"):
         auto = SlicedForCausalLM if hasattr(config, "slicegpt") else AutoModelForCausalLM
@@ -1459,7 +1506,10 @@ def describe(name, **options) -> tuple:
     with failing(f"cannot load {name}", hint):
         config = AutoConfig.from_pretrained(path, **files, **options)
         architecture(config)
-        return config, AutoTokenizer.from_pretrained(path, **files, **options), path, files
+        tokenizer = AutoTokenizer.from_pretrained(path, **files, **options)
+        if not tokenizer("The text", add_special_tokens=False).input_ids:
+            raise ValueError("its tokenizer makes no tokens of a text; are its files missing?")
+        return config, tokenizer, path, files
 
 
 def save(model, tokenizer, path):
@@ -1468,6 +1518,8 @@ def save(model, tokenizer, path):
     It has Hugging Face's files and, for a model of ours, a copy of this one, run with trust_remote_code=True. Nothing
     gets its name before all is written. Raises SliceGPTError if something is there, or if the disk refuses.
     """
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        raise SliceGPTError("save needs the model's tokenizer, too; model.save_pretrained(path) writes just the model")
     path = Path(path).resolve()
     folder = unfinished(path)
     with failing(f"cannot save to {path}"):
@@ -1556,7 +1608,7 @@ def failing(what: str, hint: str = ""):
 
 def first_line(error: Exception) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
+    return " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1]).rstrip(".")
 
 
 def untrained_demo() -> tuple:
@@ -1638,47 +1690,71 @@ def parse_arguments(argv):
         raise SliceGPTError(f"{message} (--help lists the options)")
 
     parser.error = complain
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.learn:
+        args.rotation = "shared"
+    return args
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of this name; by default an accelerator, if there is one. Raises SliceGPTError."""
+    """The device of this name, which must have float64; by default a GPU, if there is one. Raises SliceGPTError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with failing(f"cannot use --device {name}"):
-        zero = torch.zeros(1, device=name)
+        zero = torch.zeros(1, device=name, dtype=torch.float64)
         zero.tolist()  # a device that has no values is none to compute on
         return zero.device
 
 
-def read_inputs(args):
-    """Completes the options that `add_inputs` names, and adds what they ask for, but for the weights.
+@dataclass
+class Inputs:
+    """What the options of `add_inputs` ask for, but for the weights."""
+    device: torch.device
+    dtype: torch.dtype  # to compute in
+    saved_in: torch.dtype  # the type of the result: the model's own, if that is narrower and none is asked for
+    config: transformers.PreTrainedConfig
+    tokenizer: transformers.PreTrainedTokenizerBase
+    calibration: Tensor | None  # all tokens (samples, seqlen); None for a model that is sliced already
+    evaluation: Tensor  # likewise
 
-    That is config, tokenizer, and as tokens, this process's share of them, calibration_tokens (None for a model that is
-    sliced already) and evaluation_tokens. dtype becomes what `load` takes. Raises SliceGPTError.
-    """
+
+def read_inputs(args) -> Inputs:
+    """Completes the options whose defaults depend on the model, and reads what they name. Raises SliceGPTError."""
     text = "pydoc" if args.model == "demo" else "wikitext2"
-    args.device = find_device(args.device)
     args.calibration, args.eval = args.calibration or text, args.eval or text
-    args.dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if args.device.type == "cpu" else "auto"
-    args.config, args.tokenizer, *_ = describe(args.model)
-    args.seqlen = args.seqlen or min(2048, positions(args.config))
-    args.calibration_tokens = None
-    if not hasattr(args.config, "slicegpt"):
-        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), args.seqlen, args.samples, args.seed)
-        check_tokens(args.config, tokens)
-        args.samples, args.calibration_tokens = len(tokens), share(tokens)
-    tokens = tokenize(args.tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
-    check_tokens(args.config, tokens)
-    args.eval_samples, args.evaluation_tokens = len(tokens), share(tokens)
+    device = find_device(args.device)
+    config, tokenizer, *_ = describe(args.model)
+    dtype = saved_in = getattr(torch, args.dtype) if args.dtype else config.dtype or torch.float32
+    if not args.dtype and device.type == "cpu":
+        dtype = torch.float32
+        saved_in = min(dtype, saved_in, key=attrgetter("itemsize"))
+    args.seqlen = args.seqlen or min(2048, positions(config))
+    calibration = None
+    if not hasattr(config, "slicegpt"):
+        calibration = tokenize(tokenizer, read_text(args.calibration, False), args.seqlen, args.samples, args.seed)
+        check_tokens(config, calibration)
+        warn_of_fewer(calibration, args.samples, args.calibration)
+        if calibration.numel() < 8 * config.hidden_size:
+            warn(f"{calibration.numel()} calibration tokens are few for {config.hidden_size} dimensions: with fewer "
+                 "than 8 for each, slicing costs much more than it must")
+    evaluation = tokenize(tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
+    check_tokens(config, evaluation)
+    warn_of_fewer(evaluation, args.eval_samples or 0, args.eval)
+    return Inputs(device, dtype, saved_in, config, tokenizer, calibration, evaluation)
 
 
-def prepare(args):
-    """`read_inputs`, and all other checks that need no weights. Raises SliceGPTError.
+def warn_of_fewer(tokens: Tensor, asked: int, text: str):
+    if len(tokens) < asked:
+        warn(f"{text} has {len(tokens)} sequences of {tokens.shape[1]} tokens, and not {asked}")
 
-    It adds d, the sliced dimension (None where each signal has its own), and finetune_tokens.
-    """
-    if args.learn:
-        args.rotation = "shared"
+
+def warn(message: str):
+    """Says, on standard error, what does not stop the program; of several processes, the first does."""
+    if is_first_process():
+        print(f"slicegpt: warning: {message}", file=sys.stderr)
+
+
+def check_options(args):
+    """Raises SliceGPTError for options that contradict each other, or need a package that is not there."""
     by_variance = args.discard_variance is not None
     if args.rotation == "shared" and (args.head == "full" or by_variance or args.signal == "output"):
         raise SliceGPTError("one rotation has one dimension throughout, from the dense network: it goes with neither "
@@ -1690,33 +1766,53 @@ def prepare(args):
                             f"{args.model} has none")
     if args.finetune:
         optional("peft")
-    read_inputs(args)
-    config, args.d = args.config, None
-    if args.calibration_tokens is None:
-        asked = [getattr(args, name) for name in ("sparsity", "params", "discard_variance", "learn")]
-        if any(value is not None for value in asked) or args.rotation == "shared" or args.head != "sliced":
+
+
+def dimension_asked(args, config) -> int | None:
+    """The sliced dimension d that the options ask for; None, if each signal has its own or nothing is sliced.
+
+    Raises SliceGPTError if such a model cannot have it.
+    """
+    by_variance = args.discard_variance is not None
+    if hasattr(config, "slicegpt"):
+        sizes = (args.sparsity, args.params, args.discard_variance)
+        if any(size is not None for size in sizes) or args.rotation == "shared" or args.head != "sliced":
             raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
+        return None
+    if args.head == "tied" and not config.tie_word_embeddings:
+        raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
+    check_width(config, args.head != "full" and not by_variance)
+    if by_variance:
+        return None
+    if args.params is not None:
+        d = dimension_for(config, args.params, args.round_to, args.rotation, args.head)
     else:
-        if args.head == "tied" and not config.tie_word_embeddings:
-            raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
-        check_width(config, args.head != "full" and not by_variance)
-        if args.params is not None:
-            args.d = dimension_for(config, args.params, args.round_to, args.rotation, args.head)
-        elif not by_variance:
-            sparsity = 0.25 if args.sparsity is None else args.sparsity
-            args.d = sliced_dimension(config.hidden_size, sparsity, args.round_to)
-        args.sparsity = None if args.d is None else 1 - args.d / config.hidden_size
+        d = sliced_dimension(config.hidden_size, 0.25 if args.sparsity is None else args.sparsity, args.round_to)
+    if d == config.hidden_size:
+        asked = "--sparsity 0" if args.params is None else f"--params {args.params} allows all of them"
+        warn(f"none of the {d} dimensions is deleted: {asked}")
+    return d
+
+
+def finetuning_tokens(args, inputs: Inputs) -> Tensor:
+    """Those of --finetune, from the calibration text, in sequences of 1024 tokens, if the model takes as many."""
+    seqlen = min(1024, positions(inputs.config))
+    tokens = tokenize(inputs.tokenizer, read_text(args.calibration, False), seqlen, args.finetune, args.seed)
+    warn_of_fewer(tokens, args.finetune, args.calibration)
+    return tokens
+
+
+def check_results(args, inputs: Inputs):
+    """Raises SliceGPTError, before hours of work, if what comes of it cannot be written."""
     with failing(f"cannot continue the prompt {args.prompt!r}"):
-        check_tokens(config, torch.tensor(args.tokenizer(args.prompt).input_ids))
-    if args.finetune:
-        tokens = tokenize(args.tokenizer, read_text(args.calibration, False), min(1024, positions(config)),
-                          args.finetune, args.seed)
-        args.finetune, args.finetune_tokens = len(tokens), share(tokens, even=True)
-    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:  # tried before hours of work
-        config.save_pretrained(folder)
-        args.tokenizer.save_pretrained(folder)
-        complete(Path(folder), args.tokenizer.name_or_path)
+        check_tokens(inputs.config, torch.tensor([inputs.tokenizer(args.prompt).input_ids]))
+    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
+        inputs.config.save_pretrained(folder)
+        inputs.tokenizer.save_pretrained(folder)
+        complete(Path(folder), inputs.tokenizer.name_or_path)
     if args.save:
+        if hasattr(inputs.config, "quantization_config"):
+            raise SliceGPTError("--save of a quantised model: save before it is quantised")
         unfinished(args.save).rmdir()
     if args.report:
         with failing(f"cannot write {args.report}"):
@@ -1724,81 +1820,135 @@ def prepare(args):
 
 
 def run(args):
-    """The program: load, measure, slice, measure again, fine-tune, measure again, save, print."""
-    prepare(args)
-    model, _ = load(args.model, "auto" if args.stream else args.dtype)
-    figures, not_standard = {}, "it was sliced before"
+    """The program: load, measure, slice, measure again, fine-tune, measure again, print, save.
+
+    Whatever ends it early, what has been measured is printed, and what has been sliced is saved.
+    """
+    check_options(args)
+    inputs = read_inputs(args)
+    d = dimension_asked(args, inputs.config)
+    examples = finetuning_tokens(args, inputs) if args.finetune else None
+    check_results(args, inputs)
+    model, _ = load(args.model, "auto" if args.stream else inputs.dtype)
+    if args.save and d:
+        check_room(args.save, parameters(model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
+    figures, sliced, not_standard, seconds = {}, None, "it was sliced before", None
     with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
-        for W in model.parameters():
-            if args.stream and args.dtype not in ("auto", W.dtype):
-                W.data = stored(W, like=torch.empty(0, dtype=args.dtype))
-        if args.calibration_tokens is not None:
-            figures["dense"] = measure(args, model)
-            model, not_standard = slice_as_asked(args, model)
         try:
-            figures["sliced"] = measure(args, model)
-            if args.finetune:
-                finetune(model.to(args.device), args.finetune_tokens, seed=args.seed)
-                figures["finetuned"] = measure(args, model)
-        finally:  # whatever fails, what has been sliced is saved
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                if args.save:
-                    save(model, args.tokenizer, args.save)
-                report(args, figures)
-                if args.save:
-                    kind = f"an ordinary {model.config.model_type} model"
-                    if not_standard:
-                        kind = f"to load with trust_remote_code=True, as {not_standard}"
-                    print(f"\nsaved to {args.save}, {kind}")
+            if inputs.calibration is None:
+                sliced = model
+            else:
+                figures["dense"] = measure(args, inputs, model)
+                start = time.perf_counter()
+                sliced, not_standard = slice_as_asked(args, inputs, d, model)
+                seconds = time.perf_counter() - start
+            figures["sliced"] = measure(args, inputs, sliced)
+            if examples is not None:
+                finetune(sliced.to(inputs.device), share(examples, even=True), seed=args.seed)
+                figures["finetuned"] = measure(args, inputs, sliced)
+        finally:
+            if is_first_process():
+                used = {"finetune_used": None if examples is None else len(examples), "slice_seconds": seconds, "d": d}
+                try:
+                    report(args, inputs, figures, used)
+                finally:
+                    if args.save and sliced is not None:
+                        keep(args, inputs, sliced, not_standard)
 
 
-def measure(args, model) -> dict:
-    """A column of figures of a model: its dimensions (but the head's), parameters, perplexity, and what it writes."""
+def measure(args, inputs: Inputs, model) -> dict:
+    """A column of figures of a model, as it is when it is saved: its weights are rounded to that type.
+
+    Its dimensions (but the head's), parameters and their bytes, its perplexity, and what it writes.
+    """
     D = model.config.hidden_size
     widths = sorted(set(getattr(model.config, "slicegpt", {}).get("dimensions", [D, D])[:-1]))
-    with placed(model, args.device):
-        return {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
-                "parameters": parameters(model),
-                "perplexity": perplexity(model, args.evaluation_tokens, device=args.device),
-                "text": generate(model, args.tokenizer, args.prompt, args.device)}
+    convert(model, inputs.saved_in)
+    size = sum(W.nbytes for W in model.parameters())
+    convert(model, inputs.dtype)
+    with placed(model, inputs.device):
+        figures = {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
+                   "parameters": parameters(model), "bytes": size,
+                   "perplexity": perplexity(model, share(inputs.evaluation), device=inputs.device)}
+        try:
+            return figures | {"text": generate(model, inputs.tokenizer, args.prompt, inputs.device)}
+        except SliceGPTError as error:
+            return figures | {"text": f"({error})"}
 
 
-def slice_as_asked(args, model) -> tuple[PreTrainedModel, str]:
+def convert(model, dtype: torch.dtype):
+    """Gives the weights another type; but not those of quantised models, nor what transformers keeps in float32."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()  # routers, such as "gate.weight"
+    for name, W in model.named_parameters():
+        if W.dtype != dtype and not hasattr(model.config, "quantization_config") and not any(k in name for k in kept):
+            W.data = stored(W, like=W.new_empty(0, dtype=dtype))
+
+
+def slice_as_asked(args, inputs: Inputs, d: int | None, model) -> tuple[PreTrainedModel, str]:
     """Slices by the paper's method or one beyond it. Returns what `standard` makes of the sliced model."""
-    where, start = {"batch_size": args.batch_size, "device": args.device}, time.perf_counter()
-    tokens = args.calibration_tokens
+    where, tokens = {"batch_size": args.batch_size, "device": inputs.device}, share(inputs.calibration)
     if args.rotation == "block":
-        slice_model(model, tokens, args.sparsity or 0, discard_variance=args.discard_variance, round_to=args.round_to,
-                    signal=args.signal, head="full" if args.head == "full" else "sliced", **where)
+        slice_model(model, tokens, 0 if d is None else 1 - d / inputs.config.hidden_size, round_to=args.round_to,
+                    discard_variance=args.discard_variance, signal=args.signal,
+                    head="full" if args.head == "full" else "sliced", **where)
     else:
-        Q = shared_rotation(model, tokens, **where)[:, :columns_to_keep(args.config, args.d, args.head)]
+        Q = shared_rotation(model, tokens, **where)[:, :columns_to_keep(inputs.config, d, args.head)]
         if args.learn:
-            Q = learn_rotation(model.to(args.device), tokens, Q, args.learn, seed=args.seed)
-        rotate(model, Q, args.device)
+            Q = learn_rotation(model.to(inputs.device), tokens, Q, args.learn, seed=args.seed)
+        rotate(model, Q, inputs.device)
     if args.head == "tied":
         tie_head(model, tokens)
-    result = standard(model)
-    args.slice_seconds = time.perf_counter() - start
-    return result
+    return standard(model)
 
 
-def report(args, figures: dict):
+def report(args, inputs: Inputs, figures: dict, used: dict):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    values = {name: value for name, value in vars(args).items() if not name.endswith(("tokens", "config", "tokenizer"))}
+    values = vars(args) | used | {"device": inputs.device, "dtype": inputs.dtype, "saved_in": inputs.saved_in}
+    values |= {"dimension": inputs.config.hidden_size, "eval_samples": len(inputs.evaluation), "samples_used": None}
+    if inputs.calibration is not None:
+        values["samples_used"] = len(inputs.calibration)
+        values["sparsity"] = None if used["d"] is None else 1 - used["d"] / inputs.config.hidden_size
     values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
-    values |= {"dimension": args.config.hidden_size, "peak_memory_bytes": peak_memory(args.device)}
+    values["peak_memory_bytes"] = peak_memory(inputs.device)
     print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
-    for key, form in {"dimension": "", "parameters": ",d", "perplexity": ".2f"}.items():
+    for key, form in {"dimension": "", "parameters": ",d", "bytes": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
-    print(f"  perplexity on {args.eval_samples} x {args.seqlen} tokens of {args.eval}")
-    if "dense" in figures:
-        print(f"  sliced in {args.slice_seconds:.1f} s, by {args.samples} x {args.seqlen} tokens of {args.calibration}")
+    print(f"  perplexity on {values['eval_samples']} x {args.seqlen} tokens of {args.eval}")
+    if used["slice_seconds"] is not None:
+        print(f"  sliced in {used['slice_seconds']:.1f} s, by {values['samples_used']} x {args.seqlen} tokens of "
+              f"{args.calibration}")
     print(f"  peak memory {values['peak_memory_bytes'] / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
+    if figures.get("finetuned", {}).get("perplexity", 0) > figures.get("sliced", {}).get("perplexity", math.inf):
+        warn(f"fine-tuning made it worse: perplexity {figures['sliced']['perplexity']:.2f} before, and "
+             f"{figures['finetuned']['perplexity']:.2f} after it; the fine-tuned model is the one that is saved")
     if args.report:
         with failing(f"cannot save to {args.report}"):
             args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def keep(args, inputs: Inputs, model, not_standard: str):
+    """Saves the result under --save, or beside that, if something has come there meanwhile; and says where."""
+    path = args.save
+    try:
+        unfinished(path).rmdir()
+    except SliceGPTError as error:
+        path = path.with_name(f"{path.name}-{os.getpid()}")
+        warn(f"{error}; it is saved to {path}")
+    convert(model, inputs.saved_in)
+    save(model, inputs.tokenizer, path)
+    kind = f"to load with trust_remote_code=True, as {not_standard}" if not_standard else (
+        f"an ordinary {model.config.model_type} model")
+    size = sum(file.stat().st_size for file in path.iterdir())
+    print(f"\nsaved to {path}, {kind}; {str(model.dtype).removeprefix('torch.')}, {size:,} bytes")
+
+
+def check_room(path: Path, size: int):
+    """Raises SliceGPTError if there is surely no room for so many bytes."""
+    existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+    if size > (free := shutil.disk_usage(existing).free):
+        raise SliceGPTError(f"cannot save to {path}: it takes {size:,} bytes, and {free:,} are free")
 
 
 @contextlib.contextmanager
@@ -1859,4 +2009,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as batch systems end a program: it still saves its result
     sys.exit(main())
