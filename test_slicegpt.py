@@ -1,8 +1,9 @@
 """The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
 
-Read it beside the paper; sections 2.1 to 3.4 come first, in its order, and each test is one claim. The oracle is the
-untouched Hugging Face model, all of it in float64. "The same" means a relative error below 1e-11, unless the test says
-why not. Run with `python -m pytest test_slicegpt.py`.
+Read it beside the paper, whose sections 2.1 to 3.4 come first, in its order; each test is one claim. What these tests
+call stands behind them, in "How the networks are made, and looked into". The oracle is the untouched Hugging Face
+model, all of it in float64. "The same" means a relative error below 1e-11, unless the test says why not. Run with
+`python -m pytest test_slicegpt.py`.
 
     family     one of Hugging Face's model types, such as opt: a row of the table ARCHITECTURES in slicegpt.py
     structure  a family in STRUCTURES; all others differ from one of these in little but names
@@ -70,7 +71,7 @@ SEEDS = st.integers(0, 2**31)  # all random numbers come from seeds: drawn ones,
 def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double=True):
     """Makes test(model, *what the strategies draw) a property of random networks, a test for each family.
 
-    Families in STRUCTURES get so many examples, the others one: see "How the networks are made", after section 3.4.
+    Families in STRUCTURES get so many examples, the others one: see "How the networks are made", after 3.4.
     double: computes in float64 throughout, see `Double`.
     """
     def decorate(test):
@@ -99,6 +100,18 @@ def random_tokens(samples: int, seqlen: int, seed: int = 0):
     return torch.randint(3, ANY_FAMILY["vocab_size"], (samples, seqlen), generator=torch.Generator().manual_seed(seed))
 
 
+def padded(tokens, padding: int):
+    """(tokens, mask) with so much padding in the first sequence: on the left, or on the right if it is negative."""
+    mask = torch.ones_like(tokens)
+    mask[0, slice(padding) if padding >= 0 else slice(padding, None)] = 0
+    return tokens, mask
+
+
+# tokens (2, 9) and their attention mask
+BATCHES = st.builds(lambda seed, padding: padded(random_tokens(2, 9, seed), padding),
+                    SEEDS, st.sampled_from([3, 0, 1, -1, -5]))
+
+
 def assert_same(found, expected, tolerance=1e-11):
     assert found.shape == expected.shape
     error = ((found - expected).norm() / expected.norm()).item()
@@ -110,11 +123,12 @@ def assert_same(found, expected, tolerance=1e-11):
 @given(st.integers(1, 24), SEEDS)
 def test_equation_1_layernorm_is_rmsnorm_of_the_centred_signal(D, seed):
     """With the sqrt(D) of Eq. 1 inside our RMSNorm. (Absolute errors, as entries of norm(X) can be small.)"""
-    norm, X = nn.LayerNorm(D, eps=1e-5).double(), random_matrix(seed, 5, D)
-    norm.weight.data, norm.bias.data = random_matrix(seed + 1, 2, D)
+    norm = nn.LayerNorm(D, eps=1e-5).double()
+    alpha, beta = random_matrix(seed, 2, D)
+    norm.weight.data, norm.bias.data = alpha, beta
+    X = random_matrix(seed + 1, 5, D)
     M = torch.eye(D).double() - torch.ones(D, D).double() / D
-    found = RMSNorm(D, norm.eps)(X @ M) @ norm.weight.diag() + norm.bias
-    assert torch.allclose(found, norm(X), rtol=1e-11, atol=1e-11)
+    assert torch.allclose(RMSNorm(D, norm.eps)(X @ M) @ alpha.diag() + beta, norm(X), rtol=1e-11, atol=1e-11)
 
 
 @given(st.integers(2, 24), SEEDS)
@@ -131,59 +145,6 @@ def test_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
 
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
-
-def batches():
-    """Draws token batches (2, 9) and their attention masks: with some padding on the left or on the right, or none."""
-    tokens = st.builds(random_tokens, st.just(2), st.just(9), SEEDS)
-    return st.builds(padded, tokens, st.sampled_from([3, 0, 1, -1, -5]))
-
-
-def padded(tokens, padding: int):
-    """(tokens, mask) with so much padding in the first sequence: on the left, or on the right if it is negative."""
-    mask = torch.ones_like(tokens)
-    mask[0, slice(padding) if padding >= 0 else slice(padding, None)] = 0
-    return tokens, mask
-
-
-@torch.no_grad()
-def logits(model, batch):
-    """Of all tokens (n, V) but the padding."""
-    tokens, mask = batch
-    with Double():
-        return model(tokens, attention_mask=mask).logits[mask.bool()]
-
-
-@torch.no_grad()
-def signals(model, tokens):
-    """What the norms of a fused network read (n, d), in order: one for each stage, and the head's."""
-    norms = [stage.layer.get_submodule(stage.blocks[0].norm) for stage in stages(model)] + [last_norm(model)]
-    read, note = [], lambda _, inputs: read.append(inputs[0].flatten(0, -2))
-    handles = [norm.register_forward_pre_hook(note) for norm in norms]
-    with Double():
-        model(tokens)
-    for handle in handles:
-        handle.remove()
-    assert len(read) == len(norms)
-    return read
-
-
-def last_norm(model):
-    return model.get_submodule(architecture(model.config).norm)
-
-
-def readers(model):
-    """All W_in, with W_head last."""
-    return [W_in for stage in stages(model) for W_in in stage.readers] + [model.get_output_embeddings()]
-
-
-def writers(model):
-    """All W_out."""
-    return [W_out for stage in stages(model) for W_out in stage.writers]
-
-
-def bias(module):
-    return getattr(module, "bias", None)
-
 
 def rotate_by_one(model, seed: int):
     """Fuses a model and rotates it by one random matrix. Returns (a copy from before the rotation, the matrix)."""
@@ -235,14 +196,14 @@ def test_theorem_1_leaves_b_in_and_b_head_as_they_are(model, seed):
         assert bias(new) is bias(old) is None or torch.equal(new.bias, old.bias)
 
 
-@every_family(batches(), SEEDS)
+@every_family(BATCHES, SEEDS)
 def test_theorem_1_one_rotation_changes_nothing(model, batch, seed):
     expected = logits(model, batch)
     rotate(model, random_rotation(model.config.hidden_size, seed))  # which fuses it first
     assert_same(logits(model, batch), expected)
 
 
-@every_family(batches(), SEEDS)
+@every_family(BATCHES, SEEDS)
 def test_theorem_1_rotates_every_signal(model, batch, seed):
     before, Q = rotate_by_one(model, seed)
     for found, X in zip(signals(model, batch[0]), signals(before, batch[0]), strict=True):
@@ -257,15 +218,6 @@ def test_theorem_1_needs_no_shortcuts(model, seed):
 
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
 
-def norms_and_readers(model):
-    """(norm, module) for all that reads what a norm gives, the head included."""
-    for stage in stages(model):
-        for block in stage.blocks:
-            for W_in in submodules(stage.layer, block.W_in):
-                yield stage.layer.get_submodule(block.norm), W_in
-    yield last_norm(model), model.get_output_embeddings()
-
-
 def alpha_and_beta(norm, D: int):
     """Scale and shift of a norm, as they are seen from outside, whatever it calls them.
 
@@ -276,7 +228,7 @@ def alpha_and_beta(norm, D: int):
     return (above - below) / 2 * signs, (above + below) / 2
 
 
-@every_family(batches())
+@every_family(BATCHES)
 def test_figure_3_fusion_changes_nothing(model, batch):
     expected = logits(model, batch)
     fuse(model)
@@ -334,7 +286,7 @@ def rotations(model, seed: int):
     return [random_rotation(d, seed + i) for i, d in enumerate(model.config.slicegpt["dimensions"])]
 
 
-@every_family(batches(), SEEDS)
+@every_family(BATCHES, SEEDS)
 def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
     expected = logits(model, batch)
     fuse(model)
@@ -342,7 +294,7 @@ def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
     assert_same(logits(model, batch), expected)
 
 
-@every_family(batches(), SEEDS)
+@every_family(BATCHES, SEEDS)
 def test_figure_4_rotates_each_signal_by_its_own_matrix(model, batch, seed):
     fuse(model)
     before, Qs = signals(model, batch[0]), rotations(model, seed)
@@ -360,7 +312,7 @@ def test_figure_4_a_shortcut_is_Q_in_transposed_times_Q_out(model, seed):
         assert_same(stage.shortcut, Q_in.T @ Q_out)
 
 
-@every_family(batches(), SEEDS)
+@every_family(BATCHES, SEEDS)
 def test_a_rotated_network_can_be_rotated_again(model, batch, seed):
     fuse(model)
     rotate(model, rotations(model, seed))
@@ -464,7 +416,7 @@ def test_sparsity_0_keeps_all_dimensions_whatever_they_are_a_multiple_of():
     assert sliced_dimension(10, 0, round_to=8) == 10
 
 
-@every_family(batches(), SEEDS, st.sampled_from(["sliced", "full"]), st.sampled_from(["input", "output"]),
+@every_family(BATCHES, SEEDS, st.sampled_from(["sliced", "full"]), st.sampled_from(["input", "output"]),
               st.sampled_from([2, 1, 3, 4]))
 def test_slicing_nothing_changes_nothing(model, batch, seed, head, side, batch_size):
     """Section 3 from end to end; also with fewer calibration tokens than dimensions, whose covariances lack rank."""
@@ -474,7 +426,7 @@ def test_slicing_nothing_changes_nothing(model, batch, seed, head, side, batch_s
     assert_same(logits(model, batch), expected)
 
 
-@every_family(batches(), SEEDS)
+@every_family(BATCHES, SEEDS)
 def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, seed):
     """Section 1's idea at its extreme: everything that is written into the signal lies in d of the D dimensions.
 
@@ -491,7 +443,7 @@ def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, 
     assert_same(logits(model, batch), expected, 1e-7)
 
 
-@every_family(batches(), SEEDS)
+@every_family(BATCHES, SEEDS)
 def test_theorem_1_holds_for_a_sliced_network(model, batch, seed):
     """The authors' code ends with a random rotation inside the kept subspace: it has no effect."""
     slice_model(model, random_tokens(8, 12, seed), 0.5, round_to=2)
@@ -529,10 +481,10 @@ def test_a_sliced_model_has_the_parameters_that_are_left_and_the_shortcuts(model
     assert parameters(model) == dense - (D - d) * of_one_dimension + len(stages(model)) * d**2
 
 
-# ---- How the networks are made --------------------------------------------------------------------------------------
+# ---- How the networks are made, and looked into ---------------------------------------------------------------------
 #
-# From the options of a config, in two tables. Where an option is a list, Hypothesis draws one of it: the first is what
-# it begins with, what it shrinks a failing example to, and what the lone example of most families has.
+# They are made from the options of a config, in two tables. Where an option is a list, Hypothesis draws one of it: the
+# first is what it begins with, what it shrinks a failing example to, and what the lone example of most families has.
 
 ROTARY = {"rope_theta": 100.0, "rope_type": "default", "partial_rotary_factor": 1.0}
 ANY_FAMILY = {  # a config ignores what it has no use for
@@ -547,7 +499,7 @@ ANY_FAMILY = {  # a config ignores what it has no use for
 EITHER = [True, False]
 ANY_WIDTH = {"hidden_size": [16, 12, 20, 8]}  # elsewhere the heads must add up to it
 WINDOW = {"sliding_window": 3}
-LATENT_ATTENTION = {"heads": [(2, 2, 8), (4, 4, 4)], "head_dim": 4}
+LATENT_ATTENTION = {"heads": [(2, 2, 8), (4, 4, 4)], "head_dim": 4}  # of the part of a head that is rotated
 GRANITE = {"residual_multiplier": 0.3, "embedding_multiplier": 2.0}
 OF_FAMILY = {  # besides, or instead
     "opt": {"heads": [(2, 2, 8), (1, 1, 16), (4, 4, 4)], "word_embed_proj_dim": 16, "enable_bias": EITHER,
@@ -585,6 +537,7 @@ OF_FAMILY = {  # besides, or instead
     "deepseek_v3": LATENT_ATTENTION, "glm4_moe_lite": LATENT_ATTENTION,
     "granitemoe": GRANITE,
     "minicpm3": LATENT_ATTENTION}  # which is known here only to be refused
+# these differ in where their parts are and in what they compute; the others from one of these in little but names
 STRUCTURES = ("opt", "gpt2", "llama", "gemma", "phi", "gpt_neox", "qwen2_moe", "deepseek_v3")
 
 
@@ -617,6 +570,55 @@ def networks(family: str):
     table = ANY_FAMILY | OF_FAMILY.get(family, {})
     choices = {name: st.sampled_from(value) for name, value in table.items() if isinstance(value, list)}
     return st.builds(network, st.just(family), SEEDS, **choices)
+
+
+@torch.no_grad()
+def logits(model, batch):
+    """Of all tokens (n, V) but the padding."""
+    tokens, mask = batch
+    with Double():
+        return model(tokens, attention_mask=mask).logits[mask.bool()]
+
+
+@torch.no_grad()
+def signals(model, tokens):
+    """What the norms of a fused network read (n, d), in order: one for each stage, and the head's."""
+    norms = [stage.layer.get_submodule(stage.blocks[0].norm) for stage in stages(model)] + [last_norm(model)]
+    read, note = [], lambda _, inputs: read.append(inputs[0].flatten(0, -2))
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    with Double():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    assert len(read) == len(norms)
+    return read
+
+
+def last_norm(model):
+    return model.get_submodule(architecture(model.config).norm)
+
+
+def readers(model):
+    """All W_in, with W_head last."""
+    return [W_in for stage in stages(model) for W_in in stage.readers] + [model.get_output_embeddings()]
+
+
+def writers(model):
+    """All W_out."""
+    return [W_out for stage in stages(model) for W_out in stage.writers]
+
+
+def bias(module):
+    return getattr(module, "bias", None)
+
+
+def norms_and_readers(model):
+    """(norm, module) for all that reads what a norm gives, the head included."""
+    for stage in stages(model):
+        for block in stage.blocks:
+            for W_in in submodules(stage.layer, block.W_in):
+                yield stage.layer.get_submodule(block.norm), W_in
+    yield last_norm(model), model.get_output_embeddings()
 
 
 class Double(torch.overrides.TorchFunctionMode):
@@ -919,7 +921,7 @@ def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model
     assert (rotated.diag().diff() <= 1e-9).all()
 
 
-@a_few(batches(), SEEDS)
+@a_few(BATCHES, SEEDS)
 def test_a_projected_network_is_the_sliced_one(model, batch, seed):
     """And leaving it, the network is what it was. (1e-15: BLAS minds how the memory is aligned.)"""
     fuse(model)
@@ -961,7 +963,7 @@ def test_the_seed_decides_what_is_learned_from():
     assert torch.equal(Q, again) and not torch.equal(Q, other)
 
 
-@a_few(batches(), SEEDS)
+@a_few(BATCHES, SEEDS)
 def test_learning_the_rotation_of_an_unsliced_network_changes_nothing(model, batch, seed):
     expected, D = logits(model, batch), model.config.hidden_size
     rotate(model, learn_rotation(model, random_tokens(8, 12, seed), random_rotation(D, seed), 3))
@@ -997,7 +999,7 @@ def reason_for_no_standard_model(config, d: int) -> str:
     return ""
 
 
-@a_few(batches(), st.sampled_from([0.25, 0, 0.5]), SEEDS)
+@a_few(BATCHES, st.sampled_from([0.25, 0, 0.5]), SEEDS)
 def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsity, seed):
     """Saved, it is loaded by Hugging Face's own class without any code of ours, and gives the same logits.
 
