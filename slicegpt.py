@@ -22,25 +22,27 @@ only; adds no random rotation after PCA; and looks for Q on X Q Q^T in the netwo
 
     name (shape)    what                                                                            in the paper
     D, d            width of the signal: dense (the embedding dimension), and sliced                2, 3.4
-    B, N, V         batch, sequence length, size of the vocabulary                                  2
+    B, N, V         sequences (of a batch, or all samples), their length, size of the vocabulary    2
     X (B, N, D)     the signal: written by one block and read by the next, a row for each token     2.1
-    Z (B, N, D)     what a block adds to the signal                                                 Algorithm 1
+    Z (B, N, D)     what a block adds to the signal; once sliced, both have d columns               Algorithm 1
     W_embd (V, D)   an embedding, of tokens or of positions; together they write the first signal   2.1
     W_in (D, ..)    a matrix of a block that reads the signal, such as W_q, W_k, W_v                2.1
     W_out (.., D)   the matrix of a block that writes to the signal                                 2.1
     W_head (D, V)   the head, which reads the last signal                                           2.1
     M (D, D)        I - 1 1^T / D, which subtracts each row's mean                                  Eq. 1
     C (D, D)        X^T X, summed over the calibration text; its eigenvectors are Q                 Eq. 8
-    Q (D, d)        orthonormal columns; if d < D, it is the paper's Q times its deletion matrix    3.1, Eq. 9
+    Q (D, d)        orthonormal columns; if d < D, it is the paper's Q times its deletion matrix,   3.1, Eq. 9
+                    which the paper calls D, too
     stage           one step X <- X + Z of one block, or of both blocks of a parallel layer         Algorithm 1
                     (such as Phi-2's); stage(X) gives Z
     Q_in, Q_out     the Q of the signal before a stage, Q_{l-1}, and of the one after it, Q_l       Figure 4
     S (d_in, d_out) a shortcut, Q_in^T Q_out; d_in and d_out are the widths before and after        Figure 4
     reader, writer  a module that has a W_in or W_head; one that has a W_out or W_embd
-    shape           config.slicegpt, once a model is fused: {dimensions: the width of each signal, shortcuts: bool}
+    shape           config.slicegpt, once a model is fused: {dimensions: the width of each signal, shortcuts: bool;
+                    tied: True, beyond the paper}
 
 A weight W multiplies from the right, as in the paper: `matrix(module)` gives it so, in float64, though a Linear stores
-the transpose. The calibration signal is (samples, N, D). From Python, with transformers 5.24 or newer:
+the transpose. From Python, with transformers 5.24 or newer:
 
     model, tokenizer = load("facebook/opt-125m")
     calibration = tokenize(tokenizer, read_text("wikitext2", evaluation=False), seqlen=2048, samples=128, seed=0)
@@ -90,18 +92,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
-    raise ImportError(f"slicegpt.py needs transformers 5.24 or newer, and this is {transformers.__version__}")
-
-
-class SliceGPTError(ValueError):
-    """An error that the user can fix, said in one line."""
-
-
-# a bar for what takes over two seconds; it is drawn every 20 s at most where the output is not a terminal
-progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
-
-
 # ---- 2.1 The network, with the shortcuts of Figure 4 ----------------------------------------------------------------
 
 class RMSNorm(nn.Module):
@@ -145,8 +135,8 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
     the model is. Fuses the model if need be; a rotated model is rotated further. Raises SliceGPTError for a wrong
     number or shape of matrices.
 
-    Q may be an iterator: the Q of a signal is taken just before the stage that writes it is rotated. So two exist at a
-    time, and `principal_components` can run that stage with its old weights. After an error halfway, load the model
+    Q may be an iterator: the Q of a signal is taken just before the stage that writes it is rotated. So two Qs exist at
+    a time, and `principal_components` can run that stage with its old weights. After an error halfway, load the model
     again: it is refused.
     """
     fuse(model)
@@ -166,7 +156,7 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
             rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
         Q_in = Q_out
         widths.append(Q_out.shape[1])
-    rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
+    rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7, the head
     take_shape(model, {"dimensions": widths, "shortcuts": shortcuts})
 
 
@@ -183,8 +173,8 @@ def rotate_reader(module, Q: Tensor):
 
 def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
     """Figure 4: S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity."""
-    S_Q_out = Q_out if stage.shortcut is None else stage.shortcut.to(Q_out) @ Q_out
-    stage.set_shortcut(Q_in.T @ S_Q_out)
+    S = stage.shortcut
+    stage.set_shortcut(Q_in.T @ (Q_out if S is None else S.to(Q_out) @ Q_out))
 
 
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
@@ -196,8 +186,8 @@ def fuse(model):
     By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T; sqrt(D) stays, in our RMSNorm. diag(alpha) and
     beta move into the W_in after the norm, or into the head after the last norm; M into everything that writes the
     signal. A Hugging Face RMSNorm has only alpha. Arithmetic is in float64. A head that shares the embedding's matrix
-    gets one of its own, as the two now differ. Sets the model to eval mode; otherwise, a fused model stays as it is.
-    Raises SliceGPTError, before anything changes, if this file cannot slice such a model.
+    gets one of its own, as the two now differ. Sets the model to eval mode, and a fused one stays as it is otherwise.
+    Raises SliceGPTError, before a weight changes, if this file cannot slice such a model.
     """
     model.eval()
     if hasattr(model.config, "slicegpt"):  # then it is fused
@@ -228,7 +218,7 @@ def fuse_stage(stage, D: int, centre: bool):
 
 
 def fuse_reader(module, norm, offset: float):
-    """W_in <- diag(alpha) W_in, b_in <- b_in + beta W_in (the old one); alpha is the norm's weight plus offset."""
+    """b_in <- b_in + beta W_in, then W_in <- diag(alpha) W_in; alpha is the norm's weight plus offset."""
     W, b = matrix(module), getattr(module, "bias", None)
     if getattr(norm, "bias", None) is not None:
         b = norm.bias.double() @ W + (0 if b is None else b)
@@ -244,7 +234,7 @@ def centre_writer(module):
 
 
 def subtracts_mean(norm) -> bool:
-    """Whether a norm of Hugging Face's subtracts the mean: classes called ..LayerNorm.. do, ..RMSNorm.. do not."""
+    """Whether a norm of Hugging Face's subtracts the mean, by its class's name: ..LayerNorm.. does, ..RMSNorm.. not."""
     return "LayerNorm" in type(norm).__name__
 
 
@@ -267,36 +257,29 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     signal: what Eq. 8 sums over: the RMSNorm's "input", as in the authors' code, or its "output", as in the text.
     head: "sliced", or "full", as in the authors' code: it reads all D dimensions.
     batch_size: sequences at a time.
-    device: where to compute, with one layer there at a time; by default where the model is.
+    device: where to compute, with two layers there at a time; by default where the model is.
 
     Raises SliceGPTError for bad arguments, before anything changes; and for a signal that is not finite: then load the
     model again.
     """
-    if signal not in ("input", "output") or head not in ("sliced", "full"):
-        raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
-    if discard_variance is not None and not 0 <= discard_variance < 1:
-        raise SliceGPTError(f"discard_variance must be at least 0 and below 1, not {discard_variance}")
-    check_positive(round_to=round_to, batch_size=batch_size)
-    device, D = torch.device(device or model.device), model.config.hidden_size
+    check_slicing(model.config, calibration, discard_variance, round_to, signal, head, batch_size)
+    device, D = device_of(model, device), model.config.hidden_size
     d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
-    widths_equal = discard_variance is None and (head == "sliced" or d == D)  # some models need that
-    check_sliceable(model.config, calibration, widths_equal)
+    check_width(model.config, discard_variance is None and (head == "sliced" or d == D))
     fuse(model)
 
-    def width(stage, eigenvalues: Tensor) -> int:
-        if stage is None and head == "full":  # the last signal
-            return D
-        return dimension_by_variance(eigenvalues, discard_variance, round_to) if d is None else d
+    def width(eigenvalues: Tensor) -> int:
+        return d if discard_variance is None else dimension_by_variance(eigenvalues, discard_variance, round_to)
 
     # Qs is lazy. When `rotate` asks it for the Q after a stage, it runs that stage, whose weights are still the fused
     # ones, and computes Q; then `rotate` rotates the stage.
-    Qs = principal_components(model, calibration, width, signal, batch_size, device)
+    Qs = principal_components(model, calibration, width, signal, head, batch_size, device)
     rotate(model, Qs, device)
     return model
 
 
-def principal_components(model, calibration: Tensor, width, signal: str, batch_size: int, device) -> Iterator[Tensor]:
-    """Yields the Q (D, d) of each signal of a fused model, in order, as `rotate` takes them; d = width(stage, ..).
+def principal_components(model, calibration: Tensor, width, signal: str, head: str, batch_size: int, device):
+    """Yields the Q (D, d) of each signal of a fused model, in order, as `rotate` takes them; d = width(eigenvalues).
 
     Section 3.3 looks for Q after blocks that are sliced already. But no weight has to be sliced for that: on X Q Q^T,
     in the old basis, the fused stage does what the sliced one does on X Q. For |x Q| = |x Q Q^T|, and our RMSNorm
@@ -307,7 +290,8 @@ def principal_components(model, calibration: Tensor, width, signal: str, batch_s
     observed = norm if signal == "output" else nn.Identity()
     for stage, X in signals(model, calibration, batch_size, device):
         eigenvalues, Q = pca(covariance_of(X, observed, stage, batch_size, device))  # Eq. 8
-        Q = Q[:, :width(stage, eigenvalues)].contiguous()  # Eq. 9: Q times the deletion matrix
+        if stage is not None or head == "sliced":  # else a full head reads all D dimensions of the last signal
+            Q = Q[:, :width(eigenvalues)].contiguous()  # Eq. 9: Q times the deletion matrix
         projection = (Q @ Q.T).to(X.dtype)  # (D, D)
         for x in X.split(batch_size):
             x.copy_(x.to(device) @ projection)  # Eq. 9: what is left of X; in place, so the stage reads it
@@ -318,7 +302,7 @@ def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tup
     """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
 
     The stage is the one that reads X next, or None for the last signal, which the head reads. What the caller writes
-    into X is what the stage reads. X is in the CPU's memory, and one layer at a time is on the device.
+    into X is what the stage reads. X is in the CPU's memory; layers that are not on the device are copied there.
     """
     X, stages_with_args = embed(model, calibration, batch_size)  # line 1; args are masks and the like
     for stage in progress(stages_with_args, "signals", unit="signal"):
@@ -364,7 +348,9 @@ def pca(C: Tensor) -> tuple[Tensor, Tensor]:
     return agreed(eigenvalues.flip(0)), agreed(Q.flip(1))
 
 
-# ---- 3.4 Slicing: how many dimensions to keep (the deletion itself is in `principal_components`) --------------------
+# ---- 3.4 Slicing: how many dimensions to keep -----------------------------------------------------------------------
+#
+# The deletion itself is Q[:, :d], in `principal_components`: W_embd, W_in, W_out, W_head and S shrink because Q does.
 
 def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
     """d = (1 - sparsity) D, rounded down to a multiple of `round_to`, as in the authors' code; sparsity 0 keeps all D.
@@ -383,9 +369,23 @@ def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
 
 def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int = 8) -> int:
     """A.4: the least multiple of `round_to` (D, if that is less) that discards at most this share of the variance."""
-    left_out = 1 - eigenvalues.cumsum(0) / eigenvalues.sum()  # [k]: the share that is lost if k + 1 directions are kept
-    needed = 1 + int((left_out > discarded).sum())
+    lost = 1 - eigenvalues.cumsum(0) / eigenvalues.sum()  # by keeping 1, 2, .. dimensions
+    needed = 1 + int((lost > discarded).sum())
     return min(len(eigenvalues), math.ceil(needed / round_to) * round_to)
+
+
+# ---- What everything below and above uses ---------------------------------------------------------------------------
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    raise ImportError(f"slicegpt.py needs transformers 5.24 or newer, and this is {transformers.__version__}")
+
+
+class SliceGPTError(ValueError):
+    """An error that the user can fix, said in one line."""
+
+
+# a bar for what takes over two seconds; it is drawn every 20 s at most where the output is not a terminal
+progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
 # ---- Where an architecture keeps its parts --------------------------------------------------------------------------
@@ -558,21 +558,25 @@ class Stage:
         return getattr(self.layer, self.shortcut_name, None)
 
     def set_shortcut(self, S: Tensor):
-        setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=self.writers[0].weight)))
+        W_out = self.writers[0].weight
+        setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=W_out), W_out.requires_grad))
 
     def __str__(self):
         return f"layer {self.number}, {self.blocks[0].modules}"
 
-    def on(self, device: torch.device, dtype: torch.dtype | None = None):
-        """This stage with its layer and args on the device, and in a dtype if one is given: a copy, unless it is so."""
+    def on(self, device: torch.device):
+        """This stage with its layer and args on the device: itself, if the layer is there, or else a copy."""
+        return self if self.writers[0].weight.device == device else self.copied(device)
+
+    def copied(self, device: torch.device, dtype: torch.dtype | None = None):
+        """This stage with a copy of its layer on the device, and its args; in this dtype, if one is given."""
         def moved(a):
             return a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
 
-        layer, (args, kwargs) = self.layer, tree_map(moved, (self.args, self.kwargs))
-        if dtype or self.writers[0].weight.device != device:
-            # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy
-            memo = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in layer.parameters()}
-            layer = copy.deepcopy(layer, memo | {id(b): moved(b) for b in layer.buffers()})
+        # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy
+        memo = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in self.layer.parameters()}
+        layer = copy.deepcopy(self.layer, memo | {id(b): moved(b) for b in self.layer.buffers()})
+        args, kwargs = tree_map(moved, (self.args, self.kwargs))
         return replace(self, layer=layer, args=args, kwargs=kwargs)
 
 
@@ -671,9 +675,14 @@ def set_matrix(module, W: Tensor, b: Tensor | None = None):
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = inputs, outputs
     if b is not None:
-        module.bias = nn.Parameter(stored(b, like=module.weight))
+        module.bias = nn.Parameter(stored(b, like=module.weight), module.weight.requires_grad)
     module.weight.data = stored(as_stored(module, W), like=module.weight)
     module.weight.grad = None
+
+
+def device_of(model, device) -> torch.device:
+    """The device of this name, with its number, as tensors there have it; by default the model's."""
+    return torch.empty(0, device=device or model.device).device
 
 
 @contextlib.contextmanager
@@ -699,11 +708,9 @@ def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stag
         return X
 
     X = allocate((*tokens.shape, model.config.hidden_size), model.dtype)
-    batches = [*zip(X.split(batch_size), tokens.split(batch_size)),
-               (X[:1], tokens[:1])]  # whose args are kept: masks of one sequence go with batches of any size
     with replaced_layers(model, record):
-        for x, batch in batches:
-            calls.clear()
+        for x, batch in [*zip(X.split(batch_size), tokens.split(batch_size)), (X[:1], tokens[:1])]:
+            calls.clear()  # those of the last batch are kept: masks of one sequence go with batches of any size
             model.base_model(batch.to(model.device), use_cache=False)
             x.copy_(calls[0][0])
     return X, [replace(stage, **calls[stage.number][1]) for stage in stages(model)]
@@ -743,6 +750,7 @@ def take_shape(model, shape: dict):
     """
     check_width(model.config, len(set(shape["dimensions"])) == 1)
     model.config.slicegpt = shape
+    group_experts_if_possible(model, shape["dimensions"][0])
     if shape["shortcuts"]:
         for stages_of_layer in stages_by_layer(model):
             stages_of_layer[0].layer.forward = partial(sliced_layer, stages_of_layer)
@@ -753,6 +761,12 @@ def take_shape(model, shape: dict):
             for module in stage.layer.get_submodule(block.modules.split()[0]).modules():
                 for name in {"hidden_dim", "hidden_size", "input_size"} & vars(module).keys():
                     setattr(module, name, width)
+
+
+def group_experts_if_possible(model, width: int):
+    """Torch's product for all experts at once knows no float64, and needs rows of whole 16 bytes; else one by one."""
+    if model.dtype == torch.float64 or width * model.dtype.itemsize % 16:
+        model.config._experts_implementation = "eager"
 
 
 @torch.no_grad()
@@ -794,7 +808,7 @@ def layer_is_its_stages(stages_of_layer: list[Stage], X: Tensor) -> bool:
     """
     first, dtype = stages_of_layer[0], torch.promote_types(X.dtype, torch.float32)
     device = first.writers[0].weight.device
-    first = first.on(device, dtype)  # with a copy of the layer
+    first = first.copied(device, dtype)
     centre = subtracts_mean(first.of_each_block()[0][1])
 
     def centred(X):
@@ -831,13 +845,22 @@ def check_positive(**values: int):
             raise SliceGPTError(f"{name} must be at least 1, not {value}")
 
 
-def check_sliceable(config, calibration: Tensor, widths_equal: bool = True):
-    """Raises SliceGPTError if such a model cannot be sliced by such tokens, to equal widths or to others."""
+def check_sliceable(config, calibration: Tensor):
+    """Raises SliceGPTError if such a model cannot be sliced by such tokens."""
     check_tokens(config, calibration)
     shape = getattr(config, "slicegpt", None)
     if shape and (shape["shortcuts"] or shape.get("tied") or min(shape["dimensions"]) < config.hidden_size):
         raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
-    check_width(config, widths_equal)
+
+
+def check_slicing(config, calibration, discard_variance, round_to: int, signal: str, head: str, batch_size: int):
+    """Raises SliceGPTError for arguments of `slice_model` that are wrong."""
+    if signal not in ("input", "output") or head not in ("sliced", "full"):
+        raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
+    if discard_variance is not None and not 0 <= discard_variance < 1:
+        raise SliceGPTError(f"discard_variance must be at least 0 and below 1, not {discard_variance}")
+    check_positive(round_to=round_to, batch_size=batch_size)
+    check_sliceable(config, calibration)
 
 
 def check_width(config, widths_equal: bool):
@@ -862,7 +885,8 @@ HUB_TEXTS = {  # name: data set and configuration, with columns `text`
 def read_text(name: str, evaluation: bool) -> str:
     """A text to calibrate on, or one to evaluate on: wikitext2, alpaca, pydoc, or the path of a file.
 
-    The file is a UTF-8 text, or a .json, .jsonl, .csv or .parquet with a column `text`, which may be compressed (.gz).
+    A file, which is read as a whole for both, is a UTF-8 text, or a .json, .jsonl, .csv or .parquet with a column
+    `text`, which may be compressed (.gz).
     Of a data set without a test split, random 80% are for calibration and 10% for evaluation, always the same, as in
     the authors' code. pydoc is the language reference that ships with CPython; a tenth of it is kept for evaluation.
     """
@@ -1026,9 +1050,9 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     counts the same. (0.3 was found by trial.) Fuses the model, and sets it to eval mode. Raises SliceGPTError for a
     signal that is not finite.
     """
-    device = torch.device(device or model.device)
     check_positive(batch_size=batch_size)
     check_sliceable(model.config, calibration)
+    device = device_of(model, device)
     fuse(model)
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
     C = 0
@@ -1071,7 +1095,7 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
         tokens = share(batch).to(model.device)
         with torch.no_grad():
             expected = at_least_float32(model(tokens, use_cache=False).logits).softmax(-1).mul_(0.8)
-            expected[:, :-1].scatter_(-1, tokens[:, 1:, None], 0.2, reduce="add")
+            expected[:, :-1].scatter_(-1, tokens[:, 1:, None], 0.2, reduce="add")  # nothing follows the last token
         with torch.autocast(T.device.type, enabled=False):
             Q = torch.linalg.qr(Q_0.to(T) + K.to(T) @ (T * scale)).Q
         with projected(model, Q):
@@ -1119,6 +1143,8 @@ def tie_head(model, calibration: Tensor | None = None):
     token by its share of the calibration tokens, if there are any, plus 1 / V. For models whose embedding and head
     were one matrix; a small model has much of its size there. Fuses it if need be; a head that is tied stays.
     """
+    if calibration is not None:
+        check_tokens(model.config, calibration)
     fuse(model)
     if model.config.slicegpt.get("tied"):
         return
@@ -1145,8 +1171,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     Without shortcuts, a sliced Llama is a Llama of a smaller `hidden_size` d. Its RMSNorms see |x|^2 / d + eps, ours
     |x|^2 / D + eps, which is the same if the signal is x / scale, with scale = sqrt(D / d): so all that writes the
     signal is divided by it, and the norms get it as their weight. A LayerNorm does the same to a signal whose mean is
-    0, which `into_mean_zero` achieves. All this is done in place: the given model is used up, or comes back, then
-    perhaps with one dimension more.
+    0, which `into_mean_zero` achieves. All this is done in place: the given model is used up, unless it is returned.
     """
     if not hasattr(model.config, "slicegpt"):
         raise SliceGPTError("a dense model is a standard one; this is for sliced ones")
@@ -1157,25 +1182,27 @@ def standard(model) -> tuple[PreTrainedModel, str]:
         return model, "its head is tied through a matrix of its own"
     if not parts.mean_free and not hasattr(model.config, "rms_norm_eps"):
         return model, "its norms are LayerNorms, which subtract a mean"
-    if parts.mean_free:
-        rotate(model, into_mean_zero(model))
-    D, d = model.config.hidden_size, model.config.slicegpt["dimensions"][0]
+    Q = into_mean_zero(model) if parts.mean_free else None
+    D, d = model.config.hidden_size, shape["dimensions"][0] if Q is None else Q.shape[1]
     try:
         config = stock_config(model.config, d)
     except Exception as error:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
-    base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    base, scale = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], math.sqrt(D / d)
     with torch.device("meta"):
-        stock = base._from_config(config, dtype=model.dtype)
-    scale = math.sqrt(D / d)
-    weights = stock_weights(model, stock.state_dict(), scale)
-    if weights is None:
-        return model, f"a {config.model_type}'s heads must add up to its hidden size"
+        stock, twin = base._from_config(config, dtype=model.dtype), type(model)(model.config)
+    for each in (twin, model):  # first without values, to see whether the shapes fit
+        if Q is not None:
+            rotate(each, Q)
+        weights = stock_weights(each, stock.state_dict(), scale)
+        if weights is None:
+            return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
     divide_signal(model, scale, readers_too=parts.norm + ".weight" not in weights)  # OLMo's norms have no weight
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
+    group_experts_if_possible(stock, d)
     vars(stock).pop("_weight_conversions", None)  # experts are saved one by one, as engines read them
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
@@ -1258,9 +1285,6 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
     They are counted in networks that are sliced on the meta device, where there are shapes only. Raises SliceGPTError,
     with what can be had, if there is none.
     """
-    if params > 1:
-        raise SliceGPTError(f"a share of the parameters is at most 1, and not {params}")
-
     def share_of(d) -> float:  # grows with d, so the largest can be found by bisection
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -1409,7 +1433,7 @@ class SlicedForCausalLM:
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
         """Hugging Face's own from_pretrained, of the class that goes with the config."""
-        config = config or AutoConfig.from_pretrained(path)
+        config = config or AutoConfig.from_pretrained(path, **hub_options(kwargs))
         if not issubclass(cls, PreTrainedModel):
             cls = sliced_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         return super(SlicedForCausalLM, cls).from_pretrained(path, *args, config=config, **kwargs)
@@ -1447,7 +1471,8 @@ def become_sliced(model):
         if getattr(module, "config", None) is shared:
             module.config = config
     head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach())  # the memory is shared, but `set_matrix` writes into no old one
+    # the memory is shared, but `set_matrix` writes into no old one
+    head.weight = nn.Parameter(head.weight.detach(), head.weight.requires_grad)
     config.tie_word_embeddings = False
     config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     model.all_tied_weights_keys = {}  # else transformers would tie head and embedding again when it saves
@@ -1463,8 +1488,7 @@ def load(name, dtype="auto", device="cpu", **options):
     a model to use and not to slice, which then goes wherever accelerate finds room. Raises SliceGPTError if there is no
     such model, and, before its weights are read, if it cannot be sliced.
     """
-    of_hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
-    config, tokenizer, path, files = describe(name, **of_hub)
+    config, tokenizer, path, files = describe(name, **hub_options(options))
     if name == "demo" and not path.exists():
         model = train_demo(config, tokenizer)
         try:
@@ -1484,7 +1508,13 @@ def load(name, dtype="auto", device="cpu", **options):
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
         if hasattr(config, "slicegpt") and (unknown := found["unexpected_keys"]):  # it would go on without these
             raise ValueError(f"{len(unknown)} weights are not known, among them {min(unknown)}")
+        group_experts_if_possible(model, config.hidden_size)
         return model if "device_map" in options else model.to(device), tokenizer
+
+
+def hub_options(options: dict) -> dict:
+    """Those of from_pretrained's options that say which files are meant."""
+    return {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
 
 
 def describe(name, **options) -> tuple:
@@ -1607,8 +1637,8 @@ def failing(what: str, hint: str = ""):
 
 
 def first_line(error: Exception) -> str:
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1]).rstrip(".")
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
 
 
 def untrained_demo() -> tuple:
@@ -1715,6 +1745,7 @@ class Inputs:
     tokenizer: transformers.PreTrainedTokenizerBase
     calibration: Tensor | None  # all tokens (samples, seqlen); None for a model that is sliced already
     evaluation: Tensor  # likewise
+    finetuning: Tensor | None = None  # likewise
 
 
 def read_inputs(args) -> Inputs:
@@ -1764,6 +1795,8 @@ def check_options(args):
     if args.stream and os.path.exists(args.model) and not any(Path(args.model).glob("*.safetensors")):
         raise SliceGPTError("--stream needs .safetensors files, which can be mapped into memory, and "
                             f"{args.model} has none")
+    if args.params is not None and args.params > 1:
+        raise SliceGPTError(f"--params is a share of all parameters, at most 1, and not {args.params}")
     if args.finetune:
         optional("peft")
 
@@ -1805,7 +1838,7 @@ def finetuning_tokens(args, inputs: Inputs) -> Tensor:
 def check_results(args, inputs: Inputs):
     """Raises SliceGPTError, before hours of work, if what comes of it cannot be written."""
     with failing(f"cannot continue the prompt {args.prompt!r}"):
-        check_tokens(inputs.config, torch.tensor([inputs.tokenizer(args.prompt).input_ids]))
+        check_tokens(inputs.config, torch.tensor([inputs.tokenizer(args.prompt).input_ids], dtype=torch.int64))
     with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
         inputs.config.save_pretrained(folder)
         inputs.tokenizer.save_pretrained(folder)
@@ -1819,41 +1852,51 @@ def check_results(args, inputs: Inputs):
             open(args.report, "a").close()
 
 
-def run(args):
-    """The program: load, measure, slice, measure again, fine-tune, measure again, print, save.
+@dataclass
+class Outcome:
+    """What the program has come to. Whatever ends it early, that is printed and saved."""
+    figures: dict = field(default_factory=dict)  # a column for each model: dense, sliced, finetuned
+    sliced: PreTrainedModel | None = None
+    not_standard: str = "it was sliced before"  # why it is no standard checkpoint, if it is none
+    seconds: float | None = None  # that slicing took
 
-    Whatever ends it early, what has been measured is printed, and what has been sliced is saved.
-    """
+
+def run(args):
+    """The program: check and read what it was given, do the work, print and save what has come of it."""
     check_options(args)
-    inputs = read_inputs(args)
+    inputs, outcome = read_inputs(args), Outcome()
     d = dimension_asked(args, inputs.config)
-    examples = finetuning_tokens(args, inputs) if args.finetune else None
+    if args.finetune:
+        inputs.finetuning = finetuning_tokens(args, inputs)
     check_results(args, inputs)
+    with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
+        try:
+            work(args, inputs, d, outcome)
+        finally:
+            if is_first_process() and outcome.figures:
+                try:
+                    report(args, inputs, d, outcome)
+                finally:
+                    if args.save and outcome.sliced is not None:
+                        save_result(args, inputs, outcome)
+
+
+def work(args, inputs: Inputs, d: int | None, outcome: Outcome):
+    """Load, measure, slice, measure again, fine-tune, measure again."""
     model, _ = load(args.model, "auto" if args.stream else inputs.dtype)
     if args.save and d:
         check_room(args.save, parameters(model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
-    figures, sliced, not_standard, seconds = {}, None, "it was sliced before", None
-    with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
-        try:
-            if inputs.calibration is None:
-                sliced = model
-            else:
-                figures["dense"] = measure(args, inputs, model)
-                start = time.perf_counter()
-                sliced, not_standard = slice_as_asked(args, inputs, d, model)
-                seconds = time.perf_counter() - start
-            figures["sliced"] = measure(args, inputs, sliced)
-            if examples is not None:
-                finetune(sliced.to(inputs.device), share(examples, even=True), seed=args.seed)
-                figures["finetuned"] = measure(args, inputs, sliced)
-        finally:
-            if is_first_process():
-                used = {"finetune_used": None if examples is None else len(examples), "slice_seconds": seconds, "d": d}
-                try:
-                    report(args, inputs, figures, used)
-                finally:
-                    if args.save and sliced is not None:
-                        keep(args, inputs, sliced, not_standard)
+    if inputs.calibration is None:
+        outcome.sliced = model
+    else:
+        outcome.figures["dense"] = measure(args, inputs, model)
+        start = time.perf_counter()
+        outcome.sliced, outcome.not_standard = slice_as_asked(args, inputs, d, model)
+        outcome.seconds = time.perf_counter() - start
+    outcome.figures["sliced"] = measure(args, inputs, outcome.sliced)
+    if inputs.finetuning is not None:
+        finetune(outcome.sliced.to(inputs.device), share(inputs.finetuning, even=True), seed=args.seed)
+        outcome.figures["finetuned"] = measure(args, inputs, outcome.sliced)
 
 
 def measure(args, inputs: Inputs, model) -> dict:
@@ -1901,36 +1944,37 @@ def slice_as_asked(args, inputs: Inputs, d: int | None, model) -> tuple[PreTrain
     return standard(model)
 
 
-def report(args, inputs: Inputs, figures: dict, used: dict):
+def report(args, inputs: Inputs, d: int | None, outcome: Outcome):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    values = vars(args) | used | {"device": inputs.device, "dtype": inputs.dtype, "saved_in": inputs.saved_in}
-    values |= {"dimension": inputs.config.hidden_size, "eval_samples": len(inputs.evaluation), "samples_used": None}
-    if inputs.calibration is not None:
-        values["samples_used"] = len(inputs.calibration)
-        values["sparsity"] = None if used["d"] is None else 1 - used["d"] / inputs.config.hidden_size
-    values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
-    values["peak_memory_bytes"] = peak_memory(inputs.device)
+    figures, tokens = outcome.figures, inputs.calibration
     print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "bytes": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
-    print(f"  perplexity on {values['eval_samples']} x {args.seqlen} tokens of {args.eval}")
-    if used["slice_seconds"] is not None:
-        print(f"  sliced in {used['slice_seconds']:.1f} s, by {values['samples_used']} x {args.seqlen} tokens of "
-              f"{args.calibration}")
-    print(f"  peak memory {values['peak_memory_bytes'] / 2**30:.2f} GiB\n")
+    print(f"  perplexity on {len(inputs.evaluation)} x {args.seqlen} tokens of {args.eval}")
+    if outcome.seconds is not None:
+        print(f"  sliced in {outcome.seconds:.1f} s, by {len(tokens)} x {args.seqlen} tokens of {args.calibration}")
+    print(f"  peak memory {peak_memory(inputs.device) / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
-    if figures.get("finetuned", {}).get("perplexity", 0) > figures.get("sliced", {}).get("perplexity", math.inf):
+    if "finetuned" in figures and figures["finetuned"]["perplexity"] > figures["sliced"]["perplexity"]:
         warn(f"fine-tuning made it worse: perplexity {figures['sliced']['perplexity']:.2f} before, and "
              f"{figures['finetuned']['perplexity']:.2f} after it; the fine-tuned model is the one that is saved")
     if args.report:
+        values = vars(args) | {
+            "device": inputs.device, "dtype": inputs.dtype, "saved_in": inputs.saved_in, "d": d,
+            "sparsity": None if d is None else 1 - d / inputs.config.hidden_size,
+            "samples_used": None if tokens is None else len(tokens), "eval_samples": len(inputs.evaluation),
+            "finetune_used": None if inputs.finetuning is None else len(inputs.finetuning),
+            "slice_seconds": outcome.seconds, "dimension": inputs.config.hidden_size,
+            "peak_memory_bytes": peak_memory(inputs.device)}
+        values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
         with failing(f"cannot save to {args.report}"):
             args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def keep(args, inputs: Inputs, model, not_standard: str):
-    """Saves the result under --save, or beside that, if something has come there meanwhile; and says where."""
-    path = args.save
+def save_result(args, inputs: Inputs, outcome: Outcome):
+    """Saves the model under --save, or beside that, if something has come there meanwhile; and says where."""
+    path, model = args.save, outcome.sliced
     try:
         unfinished(path).rmdir()
     except SliceGPTError as error:
@@ -1938,8 +1982,9 @@ def keep(args, inputs: Inputs, model, not_standard: str):
         warn(f"{error}; it is saved to {path}")
     convert(model, inputs.saved_in)
     save(model, inputs.tokenizer, path)
-    kind = f"to load with trust_remote_code=True, as {not_standard}" if not_standard else (
-        f"an ordinary {model.config.model_type} model")
+    kind = f"an ordinary {model.config.model_type} model"
+    if outcome.not_standard:
+        kind = f"to load with trust_remote_code=True, as {outcome.not_standard}"
     size = sum(file.stat().st_size for file in path.iterdir())
     print(f"\nsaved to {path}, {kind}; {str(model.dtype).removeprefix('torch.')}, {size:,} bytes")
 
