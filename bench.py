@@ -1,42 +1,44 @@
 """Every claim of the paper's section 4 about speed, cost and quality, as a command; and SparseGPT 2:4 beside it.
 
-Four commands need no real weights: speed does not depend on the weights' values, so networks of published shapes get
-random ones and nothing is downloaded. Networks take turns within one run, after a warm-up, with the device synchronised
-around every measurement; printed are medians and the 10th and 90th percentiles.
-
     python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (what a bare bench.py does)
     python bench.py throughput --shape opt-125m  # A.6: tokens per second, in batches as large as pays
     python bench.py ops --shape opt-6.7b         # A.7: the time of every matrix product of a layer
     python bench.py cost                         # Table 3: the time and memory of slicing and of RFT
-
-The others take a real model, and the options of slicegpt.py for it and for the texts:
-
     python bench.py table1 --models DIR DIR      # Table 1: perplexity, dense, SparseGPT 2:4, SliceGPT
     python bench.py tasks --model DIR            # Figure 5: zero-shot accuracy, dense and sliced
     python bench.py quality --plot quality.png   # perplexity against parameters and time, for all ways to slice
     python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 
-All take --json FILE and, but for ops and tasks, --plot FILE.png (needs matplotlib).
+The first four download nothing: speed does not depend on the weights' values, so networks of published shapes get
+random ones. The others take a real model, and the options of slicegpt.py for it and for the texts. All take --json FILE
+and, but for ops and tasks, --plot FILE.png (needs matplotlib). What is timed takes turns, after a warm-up, with the
+device synchronised around every measurement; unless it is called a percentile, a time is the median.
+
+A command is a function of its name, with its own options as parameters behind `args`, which has the shared ones, and
+`rows`. It appends the rows of a table to these and returns a title; whatever ends it, `main` prints the rows so far.
 """
 import argparse
 import contextlib
 import copy
 import difflib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
+import signal
 import sys
 import time
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, StaticCache
 
 import slicegpt
-from slicegpt import SliceGPTError, parameters, slice_model, sliced_class, sliced_dimension
+from slicegpt import SliceGPTError, parameters, slice_model, sliced_dimension, stages
 
 
 # ---- Networks of published shapes, with random weights --------------------------------------------------------------
@@ -46,52 +48,52 @@ def opt(D, layers, heads):
                    "num_attention_heads": heads, "vocab_size": 50272, "max_position_embeddings": 2048}
 
 
-def llama(D, layers, heads, groups, ffn, vocabulary=32000, tied=False):
-    return "llama", {"hidden_size": D, "num_hidden_layers": layers, "num_attention_heads": heads,
-                     "num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocabulary,
-                     "tie_word_embeddings": tied, "max_position_embeddings": 4096}
+def llama(D, layers, heads, groups, ffn, vocabulary=32000, family="llama", **more):
+    return family, {"hidden_size": D, "num_hidden_layers": layers, "num_attention_heads": heads,
+                    "num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocabulary,
+                    "tie_word_embeddings": False, "max_position_embeddings": 4096} | more
 
 
-SHAPES = {
+SHAPES = {  # name: Hugging Face's model_type, and options of its config
     "opt-125m": opt(768, 12, 12), "opt-350m-like": opt(1024, 24, 16), "opt-1.3b": opt(2048, 24, 32),
     "opt-2.7b": opt(2560, 32, 32), "opt-6.7b": opt(4096, 32, 32), "opt-13b": opt(5120, 40, 40),
     "opt-30b": opt(7168, 48, 56), "opt-66b": opt(9216, 64, 72),
-    "smollm2-135m": llama(576, 30, 9, 3, 1536, 49152, tied=True),
+    "smollm2-135m": llama(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True),
     "llama-2-7b": llama(4096, 32, 32, 32, 11008), "llama-2-13b": llama(5120, 40, 40, 40, 13824),
     "llama-2-70b": llama(8192, 80, 64, 8, 28672),
-    "mixtral-8x7b": ("mixtral", llama(4096, 32, 32, 8, 14336)[1] | {"num_local_experts": 8, "num_experts_per_tok": 2}),
-    "qwen3-30b-a3b": ("qwen3_moe", llama(2048, 48, 32, 4, 6144, 151936)[1] | {
-        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}),
-    "gpt-oss-20b": ("gpt_oss", llama(2880, 24, 64, 8, 2880, 201088)[1] | {
-        "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}),
+    "mixtral-8x7b": llama(4096, 32, 32, 8, 14336, family="mixtral", num_local_experts=8, num_experts_per_tok=2),
+    "qwen3-30b-a3b": llama(2048, 48, 32, 4, 6144, 151936, family="qwen3_moe", head_dim=128, num_experts=128,
+                           num_experts_per_tok=8, moe_intermediate_size=768),
+    "gpt-oss-20b": llama(2880, 24, 64, 8, 2880, 201088, family="gpt_oss", head_dim=64, num_local_experts=32,
+                         num_experts_per_tok=4),
 }  # the real OPT-350M has its norms behind the blocks, and cannot be sliced
 
 
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A network of a published shape with random weights; sliced, if there is a sparsity, by blocks or one rotation."""
+    """A network of a published shape, of so many layers (0: all), dense, sliced by a Q per block, or a shared one."""
     family, options = SHAPES[shape]
-    config = AutoConfig.for_model(family, **options | {"num_hidden_layers": layers or options["num_hidden_layers"]})
+    config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     with torch.device(device):
         if sparsity is None:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         d = sliced_dimension(config.hidden_size, sparsity)
         config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
-        sliced = sliced_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config, dtype=dtype)
-        return slicegpt.standard(sliced)[0].eval()
+        base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return slicegpt.standard(slicegpt.sliced_class(base)._from_config(config, dtype=dtype))[0].eval()
+
+
+def experts(model) -> list:
+    return [linear for stage in stages(model) for linear in stage.readers + stage.writers
+            if isinstance(linear, slicegpt.Expert)]
 
 
 def weight_bytes(model) -> int:
-    """What one token must read: all weights but the embedding, of which it needs a row (a tied head is read).
-
-    Of a mixture's experts it reads those that are chosen.
-    """
+    """What one token must read: all weights but the embedding's (if the head has others) and those of idle experts."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    bytes = sum(weight.nbytes for weight in model.parameters()) - (0 if embedding is head else embedding.nbytes)
-    for stage in slicegpt.stages(model):
-        for linear in stage.readers + stage.writers:
-            if isinstance(linear, slicegpt.Expert):
-                bytes -= linear.weight.nbytes * (1 - model.config.num_experts_per_tok / len(linear.of_all[0]))
-    return round(bytes)
+    idle = sum(expert.weight.nbytes * (1 - model.config.num_experts_per_tok / len(expert.of_all[0]))
+               for expert in experts(model))  # of_all[0] has a row for each expert of a layer
+    everything = sum(weight.nbytes for weight in model.parameters())
+    return round(everything - idle - (0 if head is embedding else embedding.nbytes))
 
 
 # ---- Measuring and showing ------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ WARM_UP = 4  # rounds
 
 @torch.no_grad()
 def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
-    """The seconds (works, rounds) after a warm-up; what else the machine does falls on all works alike."""
+    """Seconds (works, rounds), after a warm-up. A round calls each once, so that disturbances fall on all alike."""
     synchronize = torch.get_device_module(device).synchronize
     seconds = torch.zeros(len(works), warm_up + rounds, dtype=torch.float64)
     for number in slicegpt.progress(range(warm_up + rounds), label, unit="round"):
@@ -114,11 +116,6 @@ def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_U
     return seconds[:, warm_up:]
 
 
-def quantiles(values: Tensor) -> list:
-    """Median, 10th and 90th percentile of the last dimension."""
-    return values.quantile(torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64), -1).tolist()
-
-
 @torch.no_grad()
 def decoder(model, prompt: Tensor, static: int | None = None):
     """A function that decodes one more token behind a prompt (B, N); compiled, for `static` tokens at most."""
@@ -126,8 +123,9 @@ def decoder(model, prompt: Tensor, static: int | None = None):
     if static is None:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
-    # the shapes are those of the last step, so on a GPU it is one graph: networks are compared, and not launches
-    past = StaticCache(model.config, max_cache_len=static)
+    # with room for all tokens, all steps have the same shapes: on a GPU a step is then one graph, and what is measured
+    # is the network's work, not how fast Python hands it out
+    past = transformers.StaticCache(model.config, max_cache_len=static)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
     positions = torch.full((len(prompt), 1), prompt.shape[1] - 1, device=prompt.device)
@@ -136,43 +134,41 @@ def decoder(model, prompt: Tensor, static: int | None = None):
 
 
 def show(args, title: str, rows: list[dict]):
-    """Prints the rows as a table, a column for each key that is a figure to read; and writes them for --json."""
+    """Prints the rows as a table: a name, which is under the first key, and the figures; and writes them for --json."""
     headings = {"ms": "ms/token", "gigabytes": "GB/token", "held": "GB in all", "bandwidth": "of a copy's",
                 "speed": "tokens/s", "sparse": "2:4", "forward": "dense pass", "body": "without head"}  # else the key
 
     def text(key, value):
         if isinstance(value, float):
-            return f"{value:.0%}" if key in ("sparsity", "bandwidth") else f"{value:.3f}"
+            return f"{value:.0%}" if key == "bandwidth" else f"{value:.3f}"
         return "-" if value is None else f"{value:,d}" if isinstance(value, int) else value
 
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in
-            ("copy_gigabytes_per_second", "eigenvalues")]
-    table = [["", *(headings.get(key, key) for key in keys[1:])]]
-    table += [[text(key, row.get(key)) for key in keys] for row in rows]
+    first, *keys = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in keys if key not in ("copy_gigabytes_per_second", "eigenvalues")]  # for --json only
+    table = [["", *(headings.get(key, key) for key in keys)]]
+    table += [[row[first], *(text(key, row.get(key)) for key in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     print(title)
-    for first, *others in table:
-        numbers = [f"  {cell:>{width}}" for cell, width in zip(others, widths[1:])]
-        print(f"{first:{widths[0]}}", *numbers, sep="")
+    for name, *figures in table:
+        print(f"{name:{widths[0]}}", *(f"{figure:>{width}}" for figure, width in zip(figures, widths[1:])), sep="  ")
     print(flush=True)
     if args.json:
         with slicegpt.failing(f"cannot write {args.json}"):
             args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def draw(args, rows: list[dict], name: str, x: str, y: str, log: str = ""):
-    """--plot: y against x, which may be several keys of the rows, a curve for each name; log: of the axes x and y."""
+def draw(args, rows: list[dict], name: str, x_keys: list[str], y: str, x_scale="linear", y_scale="linear"):
+    """--plot: the rows' y against each of x_keys, in a panel each, with a curve for all rows of one name."""
     if not args.plot:
         return
-    pyplot = slicegpt.optional("matplotlib.pyplot")
-    panels, names = x.split(), dict.fromkeys(row[name] for row in rows)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + 5.5 * len(panels), 4.5), squeeze=False)
-    for axis, x in zip(axes[0], panels):
-        for i, label in enumerate(names):
+    pyplot, names = slicegpt.optional("matplotlib.pyplot"), dict.fromkeys(row[name] for row in rows)
+    figure, axes = pyplot.subplots(1, len(x_keys), figsize=(1 + 5.5 * len(x_keys), 4.5), squeeze=False)
+    for axis, x in zip(axes[0], x_keys):
+        axis.set_prop_cycle(color=pyplot.cm.viridis(torch.linspace(0, 0.9, len(names)).numpy()))
+        for label in names:
             points = sorted((row[x], row[y]) for row in rows if row[name] == label and row[y] is not None)
-            color = pyplot.cm.viridis(0.9 * i / max(1, len(names) - 1))
-            axis.plot(*zip(*points), marker="o" if len(points) < 20 else None, label=label, color=color)
-        axis.set(xlabel=x, ylabel=y, **{f"{letter}scale": "log" for letter in log})
+            axis.plot(*zip(*points), marker="o" if len(points) < 20 else None, label=label)
+        axis.set(xlabel=x, ylabel=y, xscale=x_scale, yscale=y_scale)
         axis.grid(True, which="both", alpha=0.3)
     if len(names) < 12:
         axes[0][0].legend(fontsize="small")
@@ -182,177 +178,178 @@ def draw(args, rows: list[dict], name: str, x: str, y: str, log: str = ""):
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
 
-def latency(args, rows):
-    """Table 2: the time of one token, dense, sliced per block and by one rotation, beside a copy in memory."""
-    full = SHAPES[args.shape][1]["num_hidden_layers"]
-    # fewer --layers than that are measured at that depth and at half of it; the layers' time is the difference
-    depths = [args.layers, args.layers // 2] if args.layers and args.layers < full else [full]
-    networks = {"dense": (None, False), f"block {args.sparsity:.0%}": (args.sparsity, False),
-                f"shared {args.sparsity:.0%}": (args.sparsity, True)}
-    models = [build(args.shape, sparsity, layers, args.dtype, args.device, shared)
-              for sparsity, shared in networks.values() for layers in depths]
+def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1, prompt_lengths=(128, 512), tokens=50,
+            compile=False):
+    """Table 2: the time of one token: dense, sliced by a Q for each block, and by one Q shared by all.
+
+    In each of --tokens rounds, every network decodes a token, and some memory is copied. ms/token, p10, p90: median and
+    percentiles; time, time_p10, time_p90: those of the ratio to the dense network. All weights are read for a token, so
+    memory sets the limit: `of a copy's` is GB/token divided by the time, as a share of the GB that the copy reads and
+    writes in a second. Fewer --layers than published are measured, as is half of them, and extrapolated to all.
+    """
+    full = SHAPES[shape][1]["num_hidden_layers"]
+    depths = [layers // 2, layers] if layers and layers < full else [full]
+    if depths[0] < 1:
+        raise SliceGPTError("--layers must be 0, for all, or at least 2")
+    networks = {"dense": (None, False), f"block {sparsity:.0%}": (sparsity, False),
+                f"shared {sparsity:.0%}": (sparsity, True)}
+    models = [build(shape, share, depth, args.dtype, args.device, shared)
+              for share, shared in networks.values() for depth in depths]
+
+    def at_full_depth(figures: Tensor) -> Tensor:
+        """Of the models -> of the networks; each layer beyond the lesser depth adds as much."""
+        figures = figures.unflatten(0, (len(networks), len(depths)))
+        return figures[:, 0].lerp(figures[:, -1], (full - depths[0]) / max(1, depths[-1] - depths[0]))
+
+    sizes = [[weight_bytes(model), sum(weight.nbytes for weight in model.parameters())] for model in models]
+    sizes = at_full_depth(torch.tensor(sizes, dtype=torch.float64)).tolist()
     source = torch.ones(2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # more than caches hold
-    target = torch.empty_like(source)
-
-    def at_full_depth(values):  # of each model -> of each network
-        values = values.unflatten(0, (len(networks), len(depths)))
-        deep, shallow = values[:, 0], values[:, -1]
-        return deep + (deep - shallow) * (full - depths[0]) / max(1, depths[0] - depths[-1])
-
-    held = [sum(weight.nbytes for weight in model.parameters()) for model in models]
-    held, sizes = (at_full_depth(torch.tensor(bytes, dtype=torch.float64)).tolist()
-                   for bytes in (held, [weight_bytes(model) for model in models]))
-    for length in args.prompt_lengths:
-        prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
-        static = max(args.prompt_lengths) + args.tokens + WARM_UP if args.compile else None
-        steps = [decoder(model, prompt, static) for model in models]
-        seconds = in_turns([*steps, lambda: target.copy_(source)], args.tokens, args.device, "decoding")
-        bandwidth, seconds = 2 * source.nbytes / seconds[-1].median().item(), at_full_depth(seconds[:-1])
-        for name, times, size, all_bytes in zip(networks, seconds, sizes, held):
-            median, p10, p90 = quantiles(1e3 * times)
-            ratio, low, high = quantiles(times / seconds[0])
-            rows.append({"network": name, "prompt": length, "ms": median, "p10": p10, "p90": p90, "time": ratio,
-                         "time_p10": low, "time_p90": high, "gigabytes": size / 1e9, "bytes": size / sizes[0],
-                         "held": all_bytes / 1e9,
-                         "bandwidth": size / median * 1e3 / bandwidth, "copy_gigabytes_per_second": bandwidth / 1e9})
-    draw(args, rows, "network", "prompt", "ms")
-    return (f"{args.shape}, {args.dtype}, {args.device}: one token, batch {args.batch_size}, {args.tokens} times"
-            f"{', compiled' * args.compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
-            + f", extrapolated from {depths[0]} and {depths[-1]}" * (len(depths) > 1))
+    target, percentiles = torch.empty_like(source), torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    for length in prompt_lengths:
+        prompt = torch.randint(10, 1000, (batch_size, length), device=args.device)
+        static = max(prompt_lengths) + tokens + WARM_UP if compile else None
+        works = [*(decoder(model, prompt, static) for model in models), lambda: target.copy_(source)]
+        seconds = in_turns(works, tokens, args.device, "decoding")
+        bandwidth, seconds = 2 * source.nbytes / median(seconds[-1].tolist()), at_full_depth(seconds[:-1])
+        for name, times, (size, held) in zip(networks, seconds, sizes):
+            ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
+            ratio, low, high = (times / seconds[0]).quantile(percentiles).tolist()
+            rows.append({"network": name, "prompt": length, "ms": ms, "p10": p10, "p90": p90, "time": ratio,
+                         "time_p10": low, "time_p90": high, "gigabytes": size / 1e9, "bytes": size / sizes[0][0],
+                         "held": held / 1e9, "bandwidth": 1e3 * size / ms / bandwidth,
+                         "copy_gigabytes_per_second": bandwidth / 1e9})
+    draw(args, rows, "network", ["prompt"], "ms")
+    return (f"{shape}, {args.dtype}, {args.device}: one token, batch {batch_size}, {tokens} times"
+            f"{', compiled' * compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
+            + f", extrapolated from {depths[-1]} and {depths[0]}" * (len(depths) > 1))
 
 
-def throughput(args, rows):
-    """A.6: tokens per second in the middle of sequences, with batches doubled until that drops or memory runs out."""
-    best = {}
-    for sparsity in (None, *args.sparsities):
-        name, batch = "dense" if sparsity is None else f"block {sparsity:.0%}", 1
-        model = build(args.shape, sparsity, args.layers, args.dtype, args.device)
-        while batch <= args.max_batch_size:
-            prompt = torch.randint(10, 1000, (batch, (args.seqlen - args.tokens) // 2), device=args.device)
+def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, max_batch_size=1024, seqlen=128,
+               tokens=16):
+    """A.6: tokens per second, of batches that are doubled until it drops or memory runs out, dense and sliced.
+
+    It is the batch by the median time of --tokens steps, which are those in the middle of --seqlen tokens.
+    """
+    dense = None  # its best speed
+    for sparsity in (None, *sparsities):
+        name, best = "dense" if sparsity is None else f"block {sparsity:.0%}", {"speed": 0}
+        model = build(shape, sparsity, layers, args.dtype, args.device)
+        for batch in [2**i for i in range(max_batch_size.bit_length())]:
+            row = {"network": name, "batch": batch, "speed": None, "note": "out of memory"}
+            prompt = torch.randint(10, 1000, (batch, (seqlen - tokens) // 2), device=args.device)
             try:
-                times = in_turns([decoder(model, prompt)], args.tokens, args.device, "decoding")
-                speed = batch / times.median().item()
+                times = in_turns([decoder(model, prompt)], tokens, args.device, "decoding")[0]
+                row |= {"speed": batch / median(times.tolist()), "note": ""}
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise  # the latter is how a CPU says it
-                speed = None
-            rows.append({"network": name, "batch": batch, "speed": speed})
-            if speed is None or speed < best.get(name, 0):
+            rows.append(row)
+            if row["speed"] is None or row["speed"] < best["speed"]:
                 break
-            best[name], batch = speed, 2 * batch
+            best = row
         del model  # before the next is built
-    for row in rows:
-        row["note"] = "out of memory" if row["speed"] is None else ""
-        if row["speed"] and row["speed"] == best[row["network"]]:
-            row["note"] = f"best: {row['speed'] / best['dense']:.2f} of dense" if "dense" in best else "best"
-    draw(args, rows, "network", "batch", "speed", log="xy")
-    return f"{args.shape}, {args.dtype}, {args.device}: sequences of {args.seqlen} tokens"
+        dense = best["speed"] if sparsity is None else dense
+        best["note"] = f"best: {best['speed'] / dense:.2f} of dense" if dense else "best"
+    draw(args, rows, "network", ["batch"], "speed", "log", "log")
+    return f"{shape}, {args.dtype}, {args.device}: sequences of {seqlen} tokens"
 
 
 @torch.no_grad()
-def ops(args, rows):
-    """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where the device has that."""
-    dense, sliced = (build(args.shape, sparsity, 1, args.dtype, args.device) for sparsity in (None, args.sparsity))
-    why_not = ""
+def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repeat=50):
+    """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where torch has that.
 
-    def random(*shape):
-        return torch.randn(*shape, dtype=args.dtype, device=args.device)
-
-    def add(operation, tokens, works):
-        medians = quantiles(1e3 * in_turns(list(works.values()), args.repeat, args.device, operation))[0]
-        rows.append({"operation": operation, "tokens": tokens} | dict(zip(works, medians)))
-
-    for tokens in args.batch_sizes:
-        for before, after in zip(slicegpt.stages(dense), slicegpt.stages(sliced)):
+    In ms, the medians of --repeat rounds, for each of --batch-sizes, in tokens; and as ratios to the dense product.
+    """
+    dense, sliced = (build(shape, share, 1, args.dtype, args.device) for share in (None, sparsity))
+    if experts(dense):
+        raise SliceGPTError("the products of experts are not measured here")
+    random, why_not = partial(torch.randn, dtype=args.dtype, device=args.device), ""
+    for tokens in batch_sizes:
+        products = {}  # name: {kind: function}
+        for before, after in zip(stages(dense), stages(sliced)):
             for path in [path for block in before.blocks for path in (*block.W_in.split(), block.W_out)]:
                 linear, narrow = (stage.layer.get_submodule(path) for stage in (before, after))
-                works = {"dense": partial(linear, random(tokens, linear.in_features)),
-                         "sliced": partial(narrow, random(tokens, narrow.in_features))}
+                x, x_sliced = random(tokens, linear.in_features), random(tokens, narrow.in_features)
+                products[path] = {"dense": partial(linear, x), "sliced": partial(narrow, x_sliced)}
                 try:
                     mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
                     W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
-                    works["sparse"] = partial(nn.functional.linear, random(tokens, linear.in_features), W, linear.bias)
-                    works["sparse"]()
+                    nn.functional.linear(x, W, linear.bias)
+                    products[path]["sparse"] = partial(nn.functional.linear, x, W, linear.bias)
                 except Exception as error:  # torch has many ways to say that it has no such product
-                    works.pop("sparse", None)
                     why_not = f"\n2:4: torch has no such product here ({slicegpt.first_line(error)})"
-                add(path, tokens, works)
-            S = after.shortcut  # (d_in, d_out)
-            z, x = random(tokens, S.shape[1]), random(tokens, S.shape[0])
-            add(after.shortcut_name, tokens, {"sliced": partial(torch.addmm, z, x, S)})
-        products = [row for row in rows if row["tokens"] == tokens]
-        total = {name: sum(row.get(name, 0) for row in products) for name in ("dense", "sliced", "sparse")}
+            d_in, d_out = after.shortcut.shape
+            X, Z = random(tokens, d_in), random(tokens, d_out)
+            products[after.shortcut_name] = {"sliced": partial(torch.addmm, Z, X, after.shortcut)}  # X S + Z
+        total = {"dense": 0, "sliced": 0, "sparse": 0}
+        for operation, works in products.items():
+            seconds = in_turns(list(works.values()), repeat, args.device, operation)
+            ms = {kind: 1e3 * median(times.tolist()) for kind, times in zip(works, seconds)}
+            total |= {kind: total[kind] + ms[kind] for kind in ms}
+            rows.append({"operation": operation, "tokens": tokens} | ms)
         rows.append({"operation": "all", "tokens": tokens} | total | ({"sparse": None} if why_not else {}))
     for row in rows:
         row.setdefault("sparse")
-        for name in ("sliced", "sparse"):
-            row[f"{name}_time"] = row[name] / row["dense"] if row[name] and row.get("dense") else None
-    return (f"{args.shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {args.repeat} times each, "
-            f"sliced {args.sparsity:.0%}{why_not}")
+        for kind in ("sliced", "sparse"):
+            row[f"{kind}_time"] = row[kind] / row["dense"] if row[kind] and "dense" in row else None
+    return (f"{shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {repeat} times each, "
+            f"sliced {sparsity:.0%}{why_not}")
 
 
-def cost(args, rows):
-    """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass."""
-    if args.finetune and not importlib.util.find_spec("peft"):
+def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=0.25, layers=0, batch_size=8,
+         samples=(4, 8), seqlen=512, finetune=4, repeat=1):
+    """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass.
+
+    Medians of --repeat rounds; `ratio` is slicing to the pass over the same --samples. Slicing needs no head, so there
+    is a pass without it, too.
+    """
+    if finetune and not importlib.util.find_spec("peft"):
         print("without RFT: this needs the package peft: pip install peft")
-        args.finetune = 0
-    victim, peaks = None, {}
+        finetune = 0
 
-    def renew():  # what is sliced and then fine-tuned
-        nonlocal victim
-        victim = copy.deepcopy(model)
-
-    def forward(network):
-        for batch in tokens.split(args.batch_size):
+    def forward(network, tokens):
+        for batch in tokens.split(batch_size):
             network(batch.to(args.device), use_cache=False)
 
-    @torch.enable_grad()
-    def finetuning():
-        slicegpt.finetune(victim, torch.randint(10, 1000, (args.finetune, args.seqlen)))
-
-    def watched(name, work):
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
-        with contextlib.suppress(OSError):  # Linux has this; elsewhere the peak is the process's, from its beginning
-            Path("/proc/self/clear_refs").write_text("5")
-        work()
-        peaks[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 2**30
-
-    works = {"forward": lambda: forward(model),
-             "body": lambda: forward(model.base_model),  # slicing does not need the head, either
-             "slicing": lambda: slice_model(victim, tokens, args.sparsity, batch_size=args.batch_size)}
-    if args.finetune:
-        works["rft"] = finetuning
-    turns = [renew, *(partial(watched, name, work) for name, work in works.items())]
-    for shape, samples in itertools.product(args.shapes, args.samples):
-        model = build(shape, None, args.layers, args.dtype, args.device)
-        tokens = torch.randint(10, 1000, (samples, args.seqlen))
-        seconds = in_turns(turns, args.repeat, args.device, shape, warm_up=0 if rows else 1)[1:]
-        row = {"shape": shape, "samples": samples, "tokens": tokens.numel(), "parameters": parameters(model)}
-        row |= dict(zip(works, quantiles(seconds)[0]))
-        rows.append(row | peaks | {"ratio": quantiles(seconds[2] / seconds[0])[0]})
-    draw(args, rows, "shape", "tokens", "slicing", log="xy")
+    for shape, count in itertools.product(shapes, samples):
+        model, rounds = build(shape, None, layers, args.dtype, args.device), []
+        tokens, learned = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
+        for _ in range(repeat if rows else 1 + repeat):  # the first of all is a warm-up
+            victim, seconds, peaks = copy.deepcopy(model), {}, {}
+            works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
+                     "slicing": partial(slice_model, victim, tokens, sparsity, batch_size=batch_size)}
+            if finetune:  # with gradients, which `in_turns` disables
+                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, victim, learned))
+            for name, work in works.items():
+                if args.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(args.device)
+                with contextlib.suppress(OSError):  # Linux has this; elsewhere the peak is that since the beginning
+                    Path("/proc/self/clear_refs").write_text("5")
+                seconds[name] = in_turns([work], 1, args.device, name, warm_up=0).item()
+                peaks[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 2**30
+            rounds.append(seconds | peaks | {"ratio": seconds["slicing"] / seconds["forward"]})
+        rows.append({"shape": shape, "samples": count, "tokens": tokens.numel(), "parameters": parameters(model)}
+                    | {key: median(figures[key] for figures in rounds[-repeat:]) for key in rounds[0]})
+    draw(args, rows, "shape", ["tokens"], "slicing", "log", "log")
     return (f"{args.dtype}, {args.device}: seconds, GiB at the peak (two copies of the model are held), sparsity "
-            f"{args.sparsity:.0%}, {args.repeat} rounds, RFT by {args.finetune} sequences")
+            f"{sparsity:.0%}, {repeat} rounds, RFT by {finetune} sequences")
 
 
-# ---- SparseGPT 2:4, the paper's baseline ----------------------------------------------------------------------------
+# ---- Quality --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
     """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
 
-    Layer by layer, each on the signal of the layers that are pruned already. Embedding and head are not pruned, as in
-    the paper. calibration: tokens (samples, N), int64. device: where to compute, with one layer there at a time. Raises
-    SliceGPTError for a mixture of experts, or a matrix whose inputs do not come in fours.
+    Layer by layer, each on the signal of those that are pruned already; embedding and head are not, as in the paper.
+    Arguments as in `slice_model`. Raises SliceGPTError for experts, or a matrix whose inputs do not come in fours.
     """
-    device, zeros = torch.device(device or model.device), 0
-    parts = slicegpt.architecture(model.config)
-    if any(isinstance(linear, slicegpt.Expert) for stage in slicegpt.stages(model) for linear in stage.readers):
+    if experts(model):
         raise SliceGPTError("SparseGPT prunes no experts here")
+    device, parts, zeros = torch.device(device or model.device), slicegpt.architecture(model.config), 0
     for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
         if stage is None or parts.attention not in stage.blocks:
-            continue  # a layer's FFN is pruned with its attention, by what it reads before that is pruned
+            continue  # an FFN is pruned with the attention of its layer, by what it reads before that is pruned
         H = {}
         groups = [slicegpt.submodules(stage.layer, paths)  # the matrices of a group read the same
                   for block in (parts.attention, parts.ffn) for paths in (block.W_in, block.W_out)]
@@ -369,7 +366,7 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
             W = [slicegpt.matrix(linear) for linear in linears]
             pruned = prune(torch.cat(W, 1), H[linears[0]]).split([w.shape[1] for w in W], 1)
             for linear, w in zip(linears, pruned):
-                slicegpt.set_matrix(linear, w, None)  # the bias stays
+                slicegpt.set_matrix(linear, w)  # the bias stays
                 zeros += w.numel() // 2
         slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
     return zeros
@@ -388,8 +385,8 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
     W, eye = W.clone(), torch.eye(len(H), dtype=H.dtype, device=H.device)
     L = torch.linalg.cholesky(H + (damping * H.diag().mean()).clamp_min(torch.finfo(H.dtype).tiny) * eye)
     U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
-    for block in torch.arange(len(W)).split(width):
-        start, end = block[0].item(), block[-1].item() + 1
+    for start in range(0, len(W), width):
+        end = min(start + width, len(W))
         errors = torch.zeros_like(W[start:end])
         for j in range(start, end):
             if j % 4 == 0:
@@ -402,17 +399,23 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
     return W
 
 
-# ---- Real models ----------------------------------------------------------------------------------------------------
+def read_model(args, name: str, may_be_sliced: bool = False) -> argparse.Namespace:
+    """A model and the texts that slicegpt.py's options ask for; only this function knows what becomes of these.
 
-def read_model(args, may_be_sliced: bool = False):
-    """(What slicegpt.py's options ask for, the model in eval mode). Completes the options in `args`.
-
-    Raises SliceGPTError for a model that is sliced already, unless it may be one.
+    calibration (None for a model that is sliced already) and evaluation: tokens (samples, N); calibrated, evaluated:
+    what titles say of them. Raises SliceGPTError for a model that is sliced already, unless it may be.
     """
-    inputs = slicegpt.read_inputs(args)
+    asked = argparse.Namespace(**vars(args) | {"model": name})
+    inputs = slicegpt.read_inputs(asked)
     if inputs.calibration is None and not may_be_sliced:
-        raise SliceGPTError(f"{args.model} is sliced already")
-    return inputs, slicegpt.load(args.model, inputs.dtype)[0].eval()
+        raise SliceGPTError(f"{name} is sliced already")
+    samples = 0 if inputs.calibration is None else len(inputs.calibration)
+    return argparse.Namespace(
+        model=slicegpt.load(name, inputs.dtype)[0].eval(), tokenizer=inputs.tokenizer, device=inputs.device,
+        where={"batch_size": args.batch_size, "device": inputs.device},
+        calibration=inputs.calibration, evaluation=inputs.evaluation,
+        calibrated=f"{samples} x {asked.seqlen} tokens of {asked.calibration}",
+        evaluated=f"{len(inputs.evaluation)} x {asked.seqlen} tokens of {asked.eval}")
 
 
 PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
@@ -424,272 +427,242 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 }
 
 
-def table1(args, rows):
+def table1(args, rows, models: list[str] = (), round_to=8):
     """Table 1: WikiText-2 perplexity; beside the paper's, where the model's name is one of the paper's."""
-    sparsities = (0.1, 0.2, 0.25, 0.3)
-    rows += [{"method": name} for name in ("dense", "SparseGPT 2:4", *(f"SliceGPT {s:.0%}" for s in sparsities))]
-    labels = {Path(name).name: name for name in [name or args.model for name in args.models]}
-    for label, name in labels.items():
-        options = argparse.Namespace(**vars(args) | {"model": name})
-        inputs, model = read_model(options)
-        tokens, where = inputs.calibration, {"batch_size": args.batch_size, "device": inputs.device}
+    methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {s:.0%}": s for s in (0.1, 0.2, 0.25, 0.3)}
+    rows += [{"method": method} for method in methods]
+    points, titles = [], []
+    for name in models or [args.model]:
+        label, real = Path(name).name, read_model(args, name)
+        titles.append(f"{label}: perplexity on {real.evaluated}, calibrated on {real.calibrated}")
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
-        for row, sparsity, published in zip(rows, (0, None, *sparsities), paper):
-            network = copy.deepcopy(model)
+        for row, sparsity, published in zip(rows, methods.values(), paper):
+            network = copy.deepcopy(real.model)
             if sparsity is None:
-                sparsegpt(network, tokens, **where)
+                sparsegpt(network, real.calibration, **real.where)
             elif sparsity > 0:
-                slice_model(network, tokens, sparsity, round_to=args.round_to, **where)
-            with slicegpt.placed(network, inputs.device):
-                row[label] = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
+                slice_model(network, real.calibration, sparsity, round_to=round_to, **real.where)
+            with slicegpt.placed(network, real.device):
+                row[label] = slicegpt.perplexity(network, real.evaluation, device=real.device)
             row[f"{label} in the paper"] = published
-    draw(args, [{"model": label, "%": 100 * s, "perplexity": row[label]} for label in labels
-                for s, row in zip((0, *sparsities), [rows[0], *rows[2:]])], "model", "%", "perplexity", log="y")
-    return (f"perplexity on {options.eval}, sequences of {options.seqlen} tokens, calibrated on "
-            f"{len(inputs.calibration)} of {options.calibration}")
+            if sparsity is not None:
+                points.append({"model": label, "%": 100 * sparsity, "perplexity": row[label]})
+    draw(args, points, "model", ["%"], "perplexity", y_scale="log")
+    return "\n".join(titles)
 
 
-def tasks(args, rows):
+def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", sparsity=0.25, limit=0, tasks_path=""):
     """Figure 5: zero-shot accuracy of a model and of its slice; or of a model that is sliced already.
 
     By the LM Evaluation Harness; normalised by the length of the answers (acc_norm) where a task has that, as in the
     authors' code. A group or tag stands for its tasks. --limit: questions of each task, 0 for all. --tasks-path: a
     directory with more tasks.
     """
-    manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=args.tasks_path or None)
+    manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=tasks_path or None)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    names = args.tasks.replace(",", " ").split()
+    names = tasks.replace(",", " ").split()
     for name in set(names) - set(manager.all_tasks):
         near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
         raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
-    inputs, model = read_model(args, may_be_sliced=True)
-    average, title = {"task": "average"}, args.model
-
-    def measure(network: str):
-        with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
-            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
+    real, title = read_model(args, args.model, may_be_sliced=True), args.model
+    networks = ["sliced"] if real.calibration is None else ["dense", "sliced"]
+    for network in networks:
+        if network == "sliced" and real.calibration is not None:
+            slice_model(real.model, real.calibration, sparsity, **real.where)
+            title += f", sliced {sparsity:.0%} by {real.calibrated}"
+        with slicegpt.placed(real.model, real.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
+            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(real.model, tokenizer=real.tokenizer)
             results = slicegpt.optional("lm_eval").simple_evaluate(
-                judged, tasks=names, task_manager=manager, limit=args.limit or None)
-        for name, found in results["results"].items():
-            if results["group_subtasks"].get(name):
-                continue
-            metric = "acc_norm" if "acc_norm,none" in found else "acc"
-            if f"{metric},none" not in found:
-                raise SliceGPTError(f"the task {name} measures no accuracy")
-            accuracy, error = found[f"{metric},none"], found[f"{metric}_stderr,none"]
-            if name not in [row["task"] for row in rows]:
-                rows.append({"task": name, "metric": metric})
-            row = next(row for row in rows if row["task"] == name)
-            row.update({network: accuracy, f"{network}_error": None if error == "N/A" else error})
-        average[network] = sum(row[network] for row in rows) / len(rows)
-
-    if inputs.calibration is not None:
-        measure("dense")
-        slice_model(model, inputs.calibration, args.sparsity, batch_size=args.batch_size, device=inputs.device)
-        title += (f", sliced {args.sparsity:.0%} by {len(inputs.calibration)} x {args.seqlen} tokens of "
-                  f"{args.calibration}")
-    measure("sliced")
-    rows.append(average)
+                judged, tasks=names, task_manager=manager, limit=limit or None)
+        if not rows:
+            rows += [{"task": name} for name in results["results"] if not results["group_subtasks"].get(name)]
+        for row in rows:
+            found = results["results"][row["task"]]
+            row["metric"] = "acc_norm" if "acc_norm,none" in found else "acc"
+            if f"{row['metric']},none" not in found:
+                raise SliceGPTError(f"the task {row['task']} measures no accuracy")
+            error = found[f"{row['metric']}_stderr,none"]
+            row |= {network: found[f"{row['metric']},none"], f"{network}_error": None if error == "N/A" else error}
+    rows.append({"task": "average"} | {network: sum(row[network] for row in rows) / len(rows) for network in networks})
     return f"{title}: accuracy and its standard error"
 
 
-def quality(args, rows):
+def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: list[float] = (), round_to=8, learn=0, eval_also="",
+            formats: list[str] = ()):
     """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
 
     --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
     or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to.
+    In each of up to 50 rounds every network decodes a token: ms/token is the median of its times, `time` that of their
+    ratios to the dense network's.
     """
-    formats = list(filter(None, args.formats))
-    for weights in (quantiser(format)[1] for format in formats):
-        if args.round_to % weights:
-            raise SliceGPTError(f"{' and '.join(formats)}: --round-to must be a multiple of {weights}")
-    inputs, model = read_model(args)
+    for block in (gguf_format(format)[1] for format in formats):
+        if round_to % block:
+            raise SliceGPTError(f"{' and '.join(formats)}: --round-to must be a multiple of {block}")
+    real = read_model(args, args.model)
     for format in formats:
-        rounded(model, format)  # raises for a matrix that does not come in such blocks
-    calibration, where = inputs.calibration, {"batch_size": args.batch_size, "device": inputs.device}
-    texts = {"perplexity": inputs.evaluation}
-    if args.eval_also:
-        text = slicegpt.tokenize(inputs.tokenizer, slicegpt.read_text(args.eval_also, True), args.seqlen)
-        texts[f"on {Path(args.eval_also).name}"] = text[:args.eval_samples]
-    fused, by_params = copy.deepcopy(model.to(inputs.device)), any(args.params)
+        rounded(real.model, format)  # raises for a matrix that does not come in the format's blocks
+    texts, (samples, seqlen) = {"perplexity": real.evaluation}, real.evaluation.shape
+    if eval_also:
+        text = slicegpt.read_text(eval_also, evaluation=True)
+        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(real.tokenizer, text, seqlen, samples)
+    model, calibration = real.model.to(real.device), real.calibration
     one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    d_block = {size: sliced_dimension(model.config.hidden_size, size, args.round_to) for size in args.sparsities}
-    d_shared = {False: d_block, True: d_block} if not by_params else {tied: {size: slicegpt.dimension_for(
-        inputs.config, size, args.round_to, "shared", "tied" if tied else "sliced") for size in args.params}
-        for tied in {False, one_matrix}}
-    Q = slicegpt.shared_rotation(fused, calibration, **where)  # one for all sizes
+    # the dimensions of one Q for all; what cannot be reached is found out here, before the work
+    by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, round_to) for sparsity in sparsities]
+    widths = {head: [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
+              or by_sparsity for head in ["sliced"] + ["tied"] * one_matrix}
+    fused = copy.deepcopy(model)
+    Q = slicegpt.shared_rotation(fused, calibration, **real.where)  # of which each size takes the first columns
 
     @cache
-    def rotation(d, learned):
-        start = Q[:, :d]
-        return slicegpt.learn_rotation(fused, calibration, start, args.learn, seed=args.seed) if learned else start
+    def rotation(columns: int, learned: bool) -> Tensor:
+        start = Q[:, :columns]
+        return slicegpt.learn_rotation(fused, calibration, start, learn, seed=args.seed) if learned else start
 
-    def spread(d):  # by Theorem 1 it changes nothing, and weights of about one size lose less when they are rounded
-        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=inputs.device)).Q
+    def spread(d: int) -> Tensor:  # it changes nothing (Theorem 1), but weights of one size lose less when rounded
+        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=real.device)).Q
 
-    def shared(network, size, learned=False, tied=False):
-        d = d_shared[tied][size]
-        slicegpt.rotate(network, rotation(d, learned) @ spread(d))
-        if tied:
-            slicegpt.tie_head(network, calibration)
-        return slicegpt.standard(network)[0]
-
-    def block(network, size):
-        slice_model(network, calibration, size, round_to=args.round_to, **where)
-        slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
-        return network
-
-    methods = {"block": block, "shared": shared, "shared, tied": partial(shared, tied=True),
-               "shared, learned": partial(shared, learned=True),
-               "shared, learned, tied": partial(shared, learned=True, tied=True)}
     sparse = copy.deepcopy(model)
-    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **where))]
-    for method, sliced in methods.items():
-        if ("learned" not in method or args.learn) and ("tied" not in method or one_matrix):
-            networks += [(method, sliced(copy.deepcopy(model), size), 0)
-                         for size in (args.params if by_params and method != "block" else args.sparsities)]
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, args.seqlen // 2)), device=inputs.device)
-    steps = [decoder(network, prompt) for _, network, _ in networks]
-    seconds = in_turns(steps, max(1, min(50, args.seqlen // 2 - WARM_UP)), inputs.device, "decoding")
-    for (method, network, zeros), times in zip(networks, seconds):
-        saved = zeros * (network.dtype.itemsize - 2 / 8)  # stored with each weight that is not zero: 2 bits of where
+    pruned = sparsegpt(sparse, calibration, **real.where)
+    networks = [("dense", model), ("SparseGPT 2:4", sparse)]
+    for sparsity in sparsities:
+        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **real.where)
+        slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
+        networks.append(("block", network))
+    for learned, head in itertools.product([False, True] if learn else [False], widths):
+        for d in widths[head]:
+            network, columns = copy.deepcopy(model), slicegpt.columns_to_keep(model.config, d, head)
+            slicegpt.rotate(network, rotation(columns, learned) @ spread(columns))
+            if head == "tied":
+                slicegpt.tie_head(network, calibration)
+            method = "shared" + ", learned" * learned + ", tied" * (head == "tied")
+            networks.append((method, slicegpt.standard(network)[0]))
+    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=real.device)
+    steps = [decoder(network, prompt) for _, network in networks]
+    seconds = in_turns(steps, max(1, min(50, seqlen // 2 - WARM_UP)), real.device, "decoding")
+    for (method, network), times in zip(networks, seconds):
+        zeros = pruned if network is sparse else 0
+        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
                "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
-        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * times.median().item(),
-                "time": quantiles(times / seconds[0])[0]}
+        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * median(times.tolist()),
+                "time": median((times / seconds[0]).tolist())}
         rows.append(row)
         row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
-        for format in formats if not zeros else ():
+        for format in formats if network is not sparse else ():
             stored, smaller = rounded(network, format)
             row[f"{format} GB/token"] = smaller * row["gigabytes"]
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
-    draw(args, rows, "method", "parameters time", "perplexity", log="y")
-    return (f"{args.model}: {len(inputs.evaluation)} x {args.seqlen} tokens of {args.eval}, calibrated on "
-            f"{len(calibration)} x {args.seqlen} of {args.calibration}; one token on {inputs.device}, batch 1.\n"
+    draw(args, rows, "method", ["parameters", "time"], "perplexity", y_scale="log")
+    return (f"{args.model}: {real.evaluated}, calibrated on {real.calibrated}; one token on {real.device}, batch 1.\n"
             "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products")
 
 
-@cache
-def quantiser(format: str) -> tuple:
-    """How a format of llama.cpp keeps a row of weights: a function that rounds them, weights and bytes a block."""
+def gguf_format(format: str) -> tuple:
+    """Of a format of llama.cpp: gguf's number for it, and the weights and bytes of a block. Raises SliceGPTError."""
     gguf, quants = slicegpt.optional("gguf"), slicegpt.optional("gguf.quants")
     with slicegpt.failing(f"cannot round the weights to {format}"):
-        kind = gguf.GGMLQuantizationType[format]
-        weights, size = gguf.GGML_QUANT_SIZES[kind]
-
-        def round(W: Tensor) -> Tensor:
-            return torch.from_numpy(quants.dequantize(quants.quantize(W.float().cpu().numpy(), kind), kind))
-
-        round(torch.zeros(1, weights))  # this package cannot make all that it can read
-        return round, weights, size
+        number = gguf.GGMLQuantizationType[format]
+        block, size = gguf.GGML_QUANT_SIZES[number]
+        quants.quantize(torch.zeros(1, block).numpy(), number)  # gguf can read more formats than it can write
+        return number, block, size
 
 
 @torch.no_grad()
 def rounded(model, format: str) -> tuple:
     """A copy of a model with its matrices as a format of llama.cpp keeps them, and the share of the bytes that takes.
 
-    (The norms' scales, which are not rounded, are counted as if they were.)
+    (The norms' scales, which are not rounded, are counted as if they were.) Raises SliceGPTError.
     """
-    (round, weights, size), model = quantiser(format), copy.deepcopy(model)
+    (number, block, size), quants, model = gguf_format(format), slicegpt.optional("gguf.quants"), copy.deepcopy(model)
     with slicegpt.failing(f"cannot round the weights to {format}"):
         for W in model.parameters():
             if W.dim() > 1:
-                W.copy_(round(W))
-    return model, size / weights / model.dtype.itemsize
+                stored = quants.quantize(W.float().cpu().numpy(), number)
+                W.copy_(torch.from_numpy(quants.dequantize(stored, number)))
+    return model, size / block / model.dtype.itemsize
 
 
 @torch.no_grad()
 def spectrum(args, rows):
-    """Figure 8: the eigenvalues of the FFN's inputs in each layer of the dense network, relative to the largest."""
-    inputs, model = read_model(args)
-    slicegpt.fuse(model)
-    parts, shares = slicegpt.architecture(model.config), (0.9, 0.99, 0.999)
-    norm = model.get_submodule(parts.norm)  # fused, all norms are alike
-    for stage, X in slicegpt.signals(model, inputs.calibration, args.batch_size, inputs.device):
+    """Figure 8: the eigenvalues of the FFN's inputs, in each layer of the dense network, relative to the largest.
+
+    Printed is how many directions it takes to have 90% of their sum, the variance, and so on; --json has them all.
+    """
+    real = read_model(args, args.model)
+    slicegpt.fuse(real.model)
+    parts = slicegpt.architecture(real.model.config)
+    norm = real.model.get_submodule(parts.norm)  # fused, all norms are alike
+    for stage, X in slicegpt.signals(real.model, real.calibration, **real.where):
         if stage is not None and parts.ffn in stage.blocks:
-            C = slicegpt.covariance_of(X, norm, stage, args.batch_size, inputs.device)
-            eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
-            left = eigenvalues.cumsum(0) / eigenvalues.sum()
-            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | {
-                f"{share:.1%}": 1 + int((left < share).sum()) for share in shares})
+            eigenvalues = slicegpt.pca(slicegpt.covariance_of(X, norm, stage, **real.where))[0].clamp_min(0).cpu()
+            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()})
+            rows[-1] |= {f"{kept:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - kept, round_to=1)
+                         for kept in (0.9, 0.99, 0.999)}
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
-    draw(args, points, "layer", "component", "eigenvalue / largest", log="y")
-    return (f"{args.model}, inputs of the FFN, {len(inputs.calibration)} x {args.seqlen} tokens of "
-            f"{args.calibration}: of {model.config.hidden_size} dimensions, how many have that share of the variance")
+    draw(args, points, "layer", ["component"], "eigenvalue / largest", y_scale="log")
+    return (f"{args.model}, inputs of the FFN, {real.calibrated}: of {real.model.config.hidden_size} dimensions, how "
+            "many have that share of the variance")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-SPEED = {  # the commands, and their options with their defaults
-    latency: {"shape": "opt-125m", "sparsity": 0.25, "layers": 0, "batch_size": 1, "prompt_lengths": [128, 512],
-              "tokens": 50, "compile": False},
-    throughput: {"shape": "opt-125m", "sparsities": [0.25, 0.5], "layers": 0, "max_batch_size": 1024, "seqlen": 128,
-                 "tokens": 16},
-    ops: {"shape": "opt-125m", "sparsity": 0.25, "batch_sizes": [1, 2048], "repeat": 50},
-    cost: {"shapes": ["opt-125m", "opt-350m-like", "opt-1.3b"], "sparsity": 0.25, "layers": 0, "batch_size": 8,
-           "samples": [4, 8], "seqlen": 512, "finetune": 4, "repeat": 1},
-}
-REAL = {  # likewise; these take slicegpt.py's options for a model, too
-    table1: {"models": [""], "round_to": 8},
-    tasks: {"tasks": "piqa,winogrande,hellaswag,arc_easy,arc_challenge", "sparsity": 0.25, "limit": 0,
-            "tasks_path": ""},
-    quality: {"sparsities": [0.1, 0.2, 0.3], "params": [0.0], "round_to": 8, "learn": 0, "eval_also": "",
-              "formats": [""]},
-    spectrum: {},
-}
+SPEED = (latency, throughput, ops, cost)
+REAL = (table1, tasks, quality, spectrum)
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, 130 after Ctrl-C, or 2 after one line on standard error for an error that the user can fix."""
+    """The exit code, see `slicegpt.exit_code`."""
     parser = argparse.ArgumentParser("bench.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
-    for work, options in (SPEED | REAL).items():
+    for work in SPEED + REAL:
         command = commands.add_parser(work.__name__, description=work.__doc__, allow_abbrev=False)
-        command.set_defaults(work=work)
-        add = command.add_argument
+        add, (_, _, *options) = command.add_argument, inspect.signature(work).parameters.values()
+        command.set_defaults(work=work, options=[option.name for option in options], plot=None)
         if work in REAL:
             slicegpt.add_inputs(add)
         else:
             add("--device", help="default: cuda if there is one, else cpu")
             add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-        for name, default in options.items():  # whose type is the option's
-            several = isinstance(default, list)
-            kind = {"action": "store_true"} if default is False else {
-                "type": type(default[0] if several else default), "nargs": "+" if several else None,
-                "choices": SHAPES if "shape" in name else None}
-            add("--" + name.replace("_", "-"), default=default, help=f"default: {default}", **kind)
+        for option in options:  # the parameters behind args and rows; an option has the type of its default
+            several = isinstance(option.default, tuple)
+            examples = option.default if several else [option.default]
+            kind = type(examples[0]) if examples else option.annotation.__args__[0]
+            how = {"action": "store_true"} if kind is bool else {
+                "type": kind, "nargs": "+" if several else None, "choices": SHAPES if "shape" in option.name else None}
+            add("--" + option.name.replace("_", "-"), default=option.default, help=f"default: {option.default}", **how)
         add("--json", type=Path, metavar="FILE", help="write the figures here")
         if work not in (ops, tasks):
             add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
     args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
+    return slicegpt.exit_code("bench", lambda: run(args))
+
+
+def run(args):
+    """Checks what needs no work, works, and shows the rows, even if something ends the work early."""
+    for path in filter(None, (args.json, args.plot)):
+        with slicegpt.failing(f"cannot write {path}"):
+            open(path, "a").close()
+    if args.plot:
+        slicegpt.optional("matplotlib").use("Agg")
+        kinds = slicegpt.optional("matplotlib.pyplot").figure().canvas.get_supported_filetypes()
+        if args.plot.suffix.lower()[1:] not in kinds:
+            raise SliceGPTError(f"cannot draw {args.plot}: it must end in one of {', '.join(kinds)}")
+    if args.work in SPEED:
+        args.device = slicegpt.find_device(args.device)
+        args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
     torch.manual_seed(0)
     rows, title = [], "measured before it ended:"
     try:
-        for path in filter(None, (args.json, getattr(args, "plot", None))):
-            with slicegpt.failing(f"cannot write {path}"):
-                open(path, "a").close()
-        if getattr(args, "plot", None):
-            slicegpt.optional("matplotlib").use("Agg")
-            kinds = slicegpt.optional("matplotlib.pyplot").figure().canvas.get_supported_filetypes()
-            if args.plot.suffix.lower()[1:] not in kinds:
-                raise SliceGPTError(f"cannot draw {args.plot}: it must end in one of {', '.join(kinds)}")
-        if args.work in SPEED:
-            args.device = slicegpt.find_device(args.device)
-            args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
-        try:
-            title = args.work(args, rows)
-        finally:
-            if rows:
-                show(args, title, rows)
-    except SliceGPTError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        title = args.work(args, rows, **{name: getattr(args, name) for name in args.options})
+    finally:
+        if rows:
+            show(args, title, rows)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as batch systems end a program: it still shows its rows
     sys.exit(main())

@@ -67,7 +67,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import textwrap
@@ -418,10 +417,11 @@ class Architecture:
 
 
 LLAMA = Architecture(
-    "model.embed_tokens", "model.layers", "model.norm",
-    Block("input_layernorm", "self_attn", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj",
-          attention=True),
-    Block("post_attention_layernorm", "mlp", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"))
+    embeddings="model.embed_tokens", layers="model.layers", norm="model.norm",
+    attention=Block(norm="input_layernorm", modules="self_attn", attention=True,
+                    W_in="self_attn.q_proj self_attn.k_proj self_attn.v_proj", W_out="self_attn.o_proj"),
+    ffn=Block(norm="post_attention_layernorm", modules="mlp",
+              W_in="mlp.gate_proj mlp.up_proj", W_out="mlp.down_proj"))
 
 UNGATED = replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.up_proj"))
 MIXTURE = replace(LLAMA, one_width=True, ffn=Block(
@@ -493,23 +493,23 @@ ARCHITECTURES = {  # by the config's model_type; the tests draw networks of each
 
 def architecture(config) -> Architecture:
     """The row of the table for a Hugging Face config. Raises SliceGPTError, with the reason, if it cannot be sliced."""
-    get, kind = vars(config).get, config.model_type
+    get, family = vars(config).get, config.model_type
     reasons = {
         "it is an encoder-decoder": get("is_encoder_decoder"),
         "it has cross-attention": get("add_cross_attention"),
-        "its blocks are parallel": kind == "stablelm" and get("use_parallel_residual"),  # through a norm of its own
+        "its blocks are parallel": family == "stablelm" and get("use_parallel_residual"),  # through a norm of its own
         "it has no last norm": get("_remove_final_layer_norm"),
         "its weights are quantised (slice the original and quantise the result)":
             get("quantization_config") and not get("slicegpt"),
         "it normalises after its blocks (post-norm), and such a signal cannot be rotated":
             get("do_layer_norm_before") is False,
         "its embedding is projected": get("word_embed_proj_dim") not in (None, get("hidden_size")),
-        "its architecture is not known here": kind not in ARCHITECTURES}
+        "its architecture is not known here": family not in ARCHITECTURES}
     if any(reasons.values()):
-        raise SliceGPTError(f"cannot slice a {kind} model like this: "
+        raise SliceGPTError(f"cannot slice a {family} model like this: "
                             f"{', and '.join(reason for reason, holds in reasons.items() if holds)}. "
                             f"Can be sliced: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[kind]
+    return ARCHITECTURES[family]
 
 
 @dataclass(frozen=True)
@@ -724,20 +724,21 @@ def rotations(model, Q, device) -> tuple[Iterator[Tensor], bool]:
     shape = model.config.slicegpt
     if shape.get("tied"):  # beyond the paper, see `tie_head`
         raise SliceGPTError("its head is tied to its embedding: rotate it before `tie_head`")
-    Qs = [Q] * len(shape["dimensions"]) if isinstance(Q, Tensor) else Q
-    wrong = SliceGPTError(f"this model's rotations have {shape['dimensions']} rows")
+    dimensions = shape["dimensions"]
+    Qs = [Q] * len(dimensions) if isinstance(Q, Tensor) else Q
     if not isinstance(Qs, Iterator):
-        if [len(Q) for Q in Qs] != shape["dimensions"]:
-            raise wrong
-        check_width(model.config, len({Q.shape[1] for Q in Qs}) == 1)
+        Qs = list(Qs)
+        if [len(Q_of_signal) for Q_of_signal in Qs] != dimensions:
+            raise SliceGPTError(f"this model's rotations have {dimensions} rows")
+        check_width(model.config, len({Q_of_signal.shape[1] for Q_of_signal in Qs}) == 1)
 
     def hand_out():
         remaining = iter(Qs)
-        for width in shape["dimensions"]:
-            Q = next(remaining, None)
-            if Q is None or len(Q) != width:
-                raise wrong
-            yield Q.to(device or model.device, torch.float64)
+        for width in dimensions:
+            Q_of_signal = next(remaining, None)
+            if Q_of_signal is None or len(Q_of_signal) != width:
+                raise SliceGPTError(f"this model's rotations have {dimensions} rows")
+            yield Q_of_signal.to(device or model.device, torch.float64)
 
     return hand_out(), shape["shortcuts"] or not isinstance(Q, Tensor)
 
@@ -865,8 +866,8 @@ def check_slicing(config, calibration, discard_variance, round_to: int, signal: 
 
 def check_width(config, widths_equal: bool):
     if architecture(config).one_width and not widths_equal:
-        raise SliceGPTError(f"a {config.model_type}'s last signal must be as wide as its first: it can have neither a "
-                            "full head nor dimensions chosen by variance")
+        raise SliceGPTError(f"all signals of a {config.model_type} must have one width: it can have neither a full "
+                            "head nor dimensions chosen by variance")
 
 
 def positions(config) -> float:
@@ -894,7 +895,8 @@ def read_text(name: str, evaluation: bool) -> str:
         topics = importlib.import_module("pydoc_data.topics").topics
         return "\n\n".join(topics[key] for i, key in enumerate(sorted(topics)) if (i % 10 == 0) == evaluation)
     suffixes = [suffix for suffix in Path(name.lower()).suffixes if suffix not in (".gz", ".bz2", ".xz", ".zst")]
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get("".join(suffixes[-1:]))
+    formats = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    columns_in = formats.get(suffixes[-1]) if suffixes else None
     with failing(f"cannot read the text {name}", "besides text files there are pydoc and, from the hub, "
                  f"{' and '.join(HUB_TEXTS)}"):
         if name in HUB_TEXTS:
@@ -903,8 +905,8 @@ def read_text(name: str, evaluation: bool) -> str:
                 halves = splits["train"].train_test_split(0.2, seed=42)
                 splits = {"train": halves["train"], "test": halves["test"].train_test_split(0.5, seed=42)["test"]}
             rows = splits["test" if evaluation else "train"]
-        elif kind and Path(name).is_file():
-            rows = optional("datasets").load_dataset(kind, data_files=glob.escape(name), split="train")
+        elif columns_in and Path(name).is_file():
+            rows = optional("datasets").load_dataset(columns_in, data_files=glob.escape(name), split="train")
         else:
             return Path(name).read_text(encoding="utf-8")
         return "\n\n".join(text or "" for text in rows["text"])
@@ -965,12 +967,12 @@ def descend(weights: list, batches, loss_of, learning_rate: float, label: str):
     is not finite, before that step.
     """
     optimizer = torch.optim.AdamW(weights, learning_rate)
-    steps, kind = len(batches), weights[0].device.type
+    steps, device = len(batches), weights[0].device.type
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / (0.3 * steps), (steps - i) / (0.7 * steps)))
     bar = progress(batches, label, unit="step")
     for batch in bar:
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or weights[0].dtype.itemsize == 2):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or weights[0].dtype.itemsize == 2):
             loss = loss_of(batch)
         if not total(loss.detach().clone()).isfinite():
             raise SliceGPTError(f"the loss is not finite in {label}")
@@ -1185,7 +1187,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     Q = into_mean_zero(model) if parts.mean_free else None
     D, d = model.config.hidden_size, shape["dimensions"][0] if Q is None else Q.shape[1]
     try:
-        config = stock_config(model.config, d)
+        config = standard_config(model.config, d)
     except Exception as error:
         return model, f"transformers refuses its shape: {first_line(error.__cause__ or error)}"
     base, scale = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], math.sqrt(D / d)
@@ -1194,7 +1196,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     for each in (twin, model):  # first without values, to see whether the shapes fit
         if Q is not None:
             rotate(each, Q)
-        weights = stock_weights(each, stock.state_dict(), scale)
+        weights = standard_weights(each, stock.state_dict(), scale)
         if weights is None:
             return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
@@ -1212,7 +1214,7 @@ def into_mean_zero(model) -> Tensor:
     """Q (d, d + 1): rotates the signal into one dimension more, where its mean is 0. It is M (d, d), if that is 0 now.
 
     So a LayerNorm finds no mean to subtract. The rows of Q are orthonormal, and orthogonal to the vector of ones; so
-    the columns of Q^T W_in have mean 0, too, which `stock_weights` needs.
+    the columns of Q^T W_in have mean 0, too, which `standard_weights` needs.
     """
     W_embd = matrix(model.get_input_embeddings())
     is_zero = not W_embd.is_meta and W_embd.mean(1).abs().max() <= 1e-3 * W_embd.abs().mean()
@@ -1234,14 +1236,14 @@ def divide_signal(model, scale: float, readers_too: bool):
             module.weight.mul_(scale)
 
 
-def stock_weights(model, expected: dict, scale: float) -> dict | None:
-    """A sliced model's weights under the names of the stock class, `expected`; None if they have other shapes there."""
+def standard_weights(model, expected: dict, scale: float) -> dict | None:
+    """A sliced model's weights under the names of the standard class, `expected`; None if they have other shapes there."""
     weights, width = model.state_dict(), model.config.slicegpt["dimensions"][0]
     for fused, pieces in (("qkv_proj", "q_proj k_proj v_proj"), ("gate_up_proj", "gate_proj up_proj")):
         for name in [name for name in weights if fused in name and name not in expected]:  # a Phi-3 as a Mistral
             names = [name.replace(fused, piece) for piece in pieces.split()]
             weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
-    # beta of a LayerNorm became a bias b of W_in, which the stock class may lack. With a LayerNorm bias of 1, it reads
+    # beta of a LayerNorm became a bias b of W_in, which the standard class may lack. With a LayerNorm bias of 1, it reads
     # x + 1 instead of x. Both x and the rows of a Linear's W have mean 0, so (W + b 1^T / d)(x + 1) = W x + b
     lacking = [name for name in weights.keys() - expected.keys()
                if architecture(model.config).mean_free and name.endswith("bias")]
@@ -1258,25 +1260,27 @@ def stock_weights(model, expected: dict, scale: float) -> dict | None:
     return weights if same else None
 
 
-def stock_config(config, d: int):
+def standard_config(config, d: int):
     """The config for a hidden size of d: a Llama's or a Mistral's, if possible, as most programs run those.
 
     Raises what transformers raises of a shape that it does not allow.
     """
-    values, kind, heads = config.to_dict(), config.model_type, config.num_attention_heads
+    values, family, heads = config.to_dict(), config.model_type, config.num_attention_heads
     values |= {"hidden_size": d, "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads}
     for key in ("slicegpt", "auto_map", "architectures", "model_type"):
         values.pop(key, None)
-    if kind == "qwen2" and d % heads == 0 and "sliding_attention" not in config.layer_types:  # a Llama with biases
-        kind, values["attention_bias"] = "llama", True
-    elif kind == "llama" and d % heads and not (config.attention_bias or config.mlp_bias):  # which a Llama may not have
-        kind, values["sliding_window"] = "mistral", None
-    elif kind == "phi3" and config.rope_parameters.get("partial_rotary_factor", 1) == 1 and (
-            config.rope_parameters["rope_type"] != "longrope"):  # a Mistral whose matrices are in one piece
-        kind = "mistral"
-    if kind != config.model_type:
-        values = {key: values[key] for key in AutoConfig.for_model(kind).to_dict().keys() & values.keys()}
-    return AutoConfig.for_model(kind, **values)
+    if family == "qwen2" and d % heads == 0 and "sliding_attention" not in config.layer_types:  # a Llama with biases
+        family = "llama"
+        values["attention_bias"] = True
+    elif family == "llama" and d % heads and not (config.attention_bias or config.mlp_bias):
+        family = "mistral"  # to which transformers allows any d
+        values["sliding_window"] = None
+    elif family == "phi3" and config.rope_parameters.get("partial_rotary_factor", 1) == 1 and (
+            config.rope_parameters["rope_type"] != "longrope"):
+        family = "mistral"  # whose matrices are in several pieces
+    if family != config.model_type:
+        values = {key: values[key] for key in AutoConfig.for_model(family).to_dict().keys() & values.keys()}
+    return AutoConfig.for_model(family, **values)
 
 
 def dimension_for(config, params: float, round_to: int, rotation: str = "block", head: str = "sliced") -> int:
@@ -1496,17 +1500,16 @@ def load(name, dtype="auto", device="cpu", **options):
         except SliceGPTError as error:  # another process was faster, or nothing can be written there
             warn(f"the demo model is not kept: {error}")
         return model.to(device, None if dtype == "auto" else dtype), tokenizer
+    sliced = hasattr(config, "slicegpt")
     with failing(f"cannot load {name}"):
-        auto = SlicedForCausalLM if hasattr(config, "slicegpt") else AutoModelForCausalLM
+        auto = SlicedForCausalLM if sliced else AutoModelForCausalLM
         if files:
             optional("accelerate")
             files = files | {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        if hasattr(config, "slicegpt"):
-            files["config"] = config  # of the revision that was asked for
         model, found = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **files, **options)
         if missing := found["missing_keys"]:  # transformers would go on with random ones
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
-        if hasattr(config, "slicegpt") and (unknown := found["unexpected_keys"]):  # it would go on without these
+        if sliced and (unknown := found["unexpected_keys"]):  # it would go on without these
             raise ValueError(f"{len(unknown)} weights are not known, among them {min(unknown)}")
         group_experts_if_possible(model, config.hidden_size)
         return model if "device_map" in options else model.to(device), tokenizer
@@ -1581,6 +1584,11 @@ def unfinished(path: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier process died
         folder.mkdir(parents=True)
         return folder
+
+
+def check_free(path: Path):
+    """Raises SliceGPTError if `save` could not write there."""
+    unfinished(path).rmdir()
 
 
 def complete(folder: Path, source: str):
@@ -1667,7 +1675,7 @@ def train_demo(config, tokenizer):
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-def number(kind, least, below=math.inf):
+def bounded(kind, least, below=math.inf):
     """The type of an argument: a number that is at least `least` and below `below`."""
     def parse(text):
         if not least <= kind(text) < below:
@@ -1684,11 +1692,11 @@ def add_inputs(add):
     add("--model", default="demo", help="hub id, directory, .gguf file, or demo: trained on the spot (default)")
     add("--calibration", metavar="TEXT", help=text)
     add("--eval", metavar="TEXT", help="what perplexity is measured on; as --calibration")
-    add("--samples", type=number(int, 1), default=128, help="calibration sequences (default: 128)")
-    add("--eval-samples", type=number(int, 1), help="evaluation sequences (default: all of the text)")
-    add("--seqlen", type=number(int, 2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
-    add("--batch-size", type=number(int, 1, 2**31), default=8, help="calibration sequences at a time (default: 8)")
-    add("--seed", type=number(int, -2**63, 2**63), default=0, help="chooses the calibration sequences (default: 0)")
+    add("--samples", type=bounded(int, 1), default=128, help="calibration sequences (default: 128)")
+    add("--eval-samples", type=bounded(int, 1), help="evaluation sequences (default: all of the text)")
+    add("--seqlen", type=bounded(int, 2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
+    add("--batch-size", type=bounded(int, 1, 2**31), default=8, help="calibration sequences at a time (default: 8)")
+    add("--seed", type=bounded(int, -2**63, 2**63), default=0, help="chooses the calibration sequences (default: 0)")
     add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="default: float32 on a CPU, else stored")
     add("--device", help="default: cuda, if there is one")
 
@@ -1698,18 +1706,18 @@ def parse_arguments(argv):
                                      "and measure what that does.")
     add, size = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add_inputs(add)
-    size("--sparsity", type=number(float, 0, 1), help="share of the dimensions to delete (default: 0.25)")
-    size("--params", type=number(float, 0), help="instead: at most this share of all parameters is left")
-    size("--discard-variance", type=number(float, 0, 1), help="instead: at most this share of each signal's is lost")
-    add("--round-to", type=number(int, 1), default=8, help="the dimension is a multiple of this (default: 8)")
+    size("--sparsity", type=bounded(float, 0, 1), help="share of the dimensions to delete (default: 0.25)")
+    size("--params", type=bounded(float, 0), help="instead: at most this share of all parameters is left")
+    size("--discard-variance", type=bounded(float, 0, 1), help="instead: at most this share of each signal's is lost")
+    add("--round-to", type=bounded(int, 1), default=8, help="the dimension is a multiple of this (default: 8)")
     add("--signal", "--pca", choices=["input", "output"], default="input", help="principal components of the "
         "RMSNorm's input, as in the authors' code (default), or of its output, as in the paper's text")
     add("--head", choices=["sliced", "full", "tied"], default="sliced", help="slice the head too (default), give it "
         "all dimensions, or keep it one matrix with the embedding, if it was")
     add("--rotation", choices=["block", "shared"], default="block", help="one for each block (default), or one for all")
-    add("--learn", type=number(int, 1), metavar="N", help="turn the one rotation for all by N steps of descent on how "
+    add("--learn", type=bounded(int, 1), metavar="N", help="turn the one rotation for all by N steps of descent on how "
         "far the predictions are from the dense model's and from the text (implies --rotation shared)")
-    add("--finetune", type=number(int, 1), nargs="?", const=1000, metavar="N", help="then recover by LoRA on N "
+    add("--finetune", type=bounded(int, 1), nargs="?", const=1000, metavar="N", help="then recover by LoRA on N "
         "sequences of the calibration text (default: 1000)")
     add("--stream", action="store_true", help="larger than memory: weights and signals stay in files next to --save")
     add("--prompt", default="If the", help="text for the models to continue (default: If the)")
@@ -1846,7 +1854,7 @@ def check_results(args, inputs: Inputs):
     if args.save:
         if hasattr(inputs.config, "quantization_config"):
             raise SliceGPTError("--save of a quantised model: save before it is quantised")
-        unfinished(args.save).rmdir()
+        check_free(args.save)
     if args.report:
         with failing(f"cannot write {args.report}"):
             open(args.report, "a").close()
@@ -1976,7 +1984,7 @@ def save_result(args, inputs: Inputs, outcome: Outcome):
     """Saves the model under --save, or beside that, if something has come there meanwhile; and says where."""
     path, model = args.save, outcome.sliced
     try:
-        unfinished(path).rmdir()
+        check_free(path)
     except SliceGPTError as error:
         path = path.with_name(f"{path.name}-{os.getpid()}")
         warn(f"{error}; it is saved to {path}")
@@ -2027,7 +2035,20 @@ def peak_memory(device) -> int:
 
 
 def main(argv=None) -> int:
-    """The exit code: 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
+    """The exit code, see `exit_code`."""
+    def work():
+        args = parse_arguments(argv)
+        if dist.is_torchelastic_launched():
+            dist.init_process_group()
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        run(args)
+
+    return exit_code("slicegpt", work)
+
+
+def exit_code(program: str, work) -> int:
+    """Calls work(): 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))  # its bars, too
@@ -2036,14 +2057,9 @@ def main(argv=None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        args = parse_arguments(argv)
-        if dist.is_torchelastic_launched():
-            dist.init_process_group()
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        run(args)
+        work()
     except (SliceGPTError, torch.OutOfMemoryError) as error:
-        print(f"slicegpt: {first_line(error)}", file=sys.stderr)
+        print(f"{program}: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -2054,5 +2070,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    import signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as batch systems end a program: it still saves its result
     sys.exit(main())
