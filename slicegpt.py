@@ -13,9 +13,9 @@ Gennari do Nascimento, Hoefler, Hensman; ICLR 2024; arXiv 2401.15024). In three 
 The paper's sections 2 and 3 come first, up to "Where an architecture keeps its parts": fuse a model (3.2), then rotate
 it (3.1) by matrices Q that also slice it (3.3, 3.4). They call a few functions from below. What one must know of them:
 `stages(model)` lists the steps X <- X + Z; `matrix` and `set_matrix` read and write a W; `embed` gives the first
-signal; `become_sliced` checks a model and unties its head; `rotations` checks the Qs; `take_shape` stores the new
-widths; `total` and `agreed` do nothing in a single process. All the rest can wait: the table of architectures, the
-experiments of section 4, what goes beyond the paper, and what a program needs.
+signal; `check_slicing`, `become_sliced` and `rotations` check arguments, the model (and untie its head) and the Qs;
+`take_shape` stores the new widths; `total` and `agreed` do nothing in a single process. All the rest can wait: the
+table of architectures, the experiments of section 4, what goes beyond the paper, and what a program needs.
 
 Unlike the authors' code, this slices the head, too, unless told otherwise; subtracts the mean in models with LayerNorms
 only; adds no random rotation after PCA; and looks for Q on X Q Q^T in the network that is not sliced yet.
@@ -89,6 +89,17 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    raise ImportError(f"slicegpt.py needs transformers 5.24 or newer, and this is {transformers.__version__}")
+
+
+class SliceGPTError(ValueError):
+    """An error that the user can fix, said in one line."""
+
+
+# a bar for what takes over two seconds; it is drawn every 20 s at most where the output is not a terminal
+progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
 # ---- 2.1 The network, with the shortcuts of Figure 4 ----------------------------------------------------------------
@@ -261,14 +272,13 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     Raises SliceGPTError for bad arguments, before anything changes; and for a signal that is not finite: then load the
     model again.
     """
-    check_slicing(model.config, calibration, discard_variance, round_to, signal, head, batch_size)
-    device, D = device_of(model, device), model.config.hidden_size
-    d = sliced_dimension(D, sparsity, round_to) if discard_variance is None else None
-    check_width(model.config, discard_variance is None and (head == "sliced" or d == D))
+    check_slicing(model.config, calibration, sparsity, discard_variance, round_to, signal, head, batch_size)
+    d = None if discard_variance is not None else sliced_dimension(model.config.hidden_size, sparsity, round_to)
+    device = device or model.device
     fuse(model)
 
     def width(eigenvalues: Tensor) -> int:
-        return d if discard_variance is None else dimension_by_variance(eigenvalues, discard_variance, round_to)
+        return d or dimension_by_variance(eigenvalues, discard_variance, round_to)
 
     # Qs is lazy. When `rotate` asks it for the Q after a stage, it runs that stage, whose weights are still the fused
     # ones, and computes Q; then `rotate` rotates the stage.
@@ -371,20 +381,6 @@ def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int =
     lost = 1 - eigenvalues.cumsum(0) / eigenvalues.sum()  # by keeping 1, 2, .. dimensions
     needed = 1 + int((lost > discarded).sum())
     return min(len(eigenvalues), math.ceil(needed / round_to) * round_to)
-
-
-# ---- What everything below and above uses ---------------------------------------------------------------------------
-
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
-    raise ImportError(f"slicegpt.py needs transformers 5.24 or newer, and this is {transformers.__version__}")
-
-
-class SliceGPTError(ValueError):
-    """An error that the user can fix, said in one line."""
-
-
-# a bar for what takes over two seconds; it is drawn every 20 s at most where the output is not a terminal
-progress = partial(tqdm, delay=2, leave=False, mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
 # ---- Where an architecture keeps its parts --------------------------------------------------------------------------
@@ -564,8 +560,9 @@ class Stage:
     def __str__(self):
         return f"layer {self.number}, {self.blocks[0].modules}"
 
-    def on(self, device: torch.device):
+    def on(self, device):
         """This stage with its layer and args on the device: itself, if the layer is there, or else a copy."""
+        device = torch.empty(0, device=device).device  # cuda is cuda:0
         return self if self.writers[0].weight.device == device else self.copied(device)
 
     def copied(self, device: torch.device, dtype: torch.dtype | None = None):
@@ -678,11 +675,6 @@ def set_matrix(module, W: Tensor, b: Tensor | None = None):
         module.bias = nn.Parameter(stored(b, like=module.weight), module.weight.requires_grad)
     module.weight.data = stored(as_stored(module, W), like=module.weight)
     module.weight.grad = None
-
-
-def device_of(model, device) -> torch.device:
-    """The device of this name, with its number, as tensors there have it; by default the model's."""
-    return torch.empty(0, device=device or model.device).device
 
 
 @contextlib.contextmanager
@@ -854,7 +846,7 @@ def check_sliceable(config, calibration: Tensor):
         raise SliceGPTError(f"sliced already: {min(shape['dimensions'])} of {config.hidden_size} dimensions")
 
 
-def check_slicing(config, calibration, discard_variance, round_to: int, signal: str, head: str, batch_size: int):
+def check_slicing(config, calibration, sparsity, discard_variance, round_to, signal, head, batch_size):
     """Raises SliceGPTError for arguments of `slice_model` that are wrong."""
     if signal not in ("input", "output") or head not in ("sliced", "full"):
         raise SliceGPTError(f"signal is input or output and head is sliced or full, not {signal} and {head}")
@@ -862,12 +854,13 @@ def check_slicing(config, calibration, discard_variance, round_to: int, signal: 
         raise SliceGPTError(f"discard_variance must be at least 0 and below 1, not {discard_variance}")
     check_positive(round_to=round_to, batch_size=batch_size)
     check_sliceable(config, calibration)
+    check_width(config, discard_variance is None and (head == "sliced" or sparsity == 0))
 
 
 def check_width(config, widths_equal: bool):
     if architecture(config).one_width and not widths_equal:
-        raise SliceGPTError(f"all signals of a {config.model_type} must have one width: it can have neither a full "
-                            "head nor dimensions chosen by variance")
+        raise SliceGPTError(f"a {config.model_type}'s last signal must be as wide as its first, and all others: it can "
+                            "have neither a full head nor dimensions chosen by variance")
 
 
 def positions(config) -> float:
@@ -1054,7 +1047,7 @@ def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=N
     """
     check_positive(batch_size=batch_size)
     check_sliceable(model.config, calibration)
-    device = device_of(model, device)
+    device = device or model.device
     fuse(model)
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
     C = 0
@@ -1237,13 +1230,13 @@ def divide_signal(model, scale: float, readers_too: bool):
 
 
 def standard_weights(model, expected: dict, scale: float) -> dict | None:
-    """A sliced model's weights under the names of the standard class, `expected`; None if they have other shapes there."""
+    """A sliced model's weights under the names of its standard class, `expected`; None if the shapes are others."""
     weights, width = model.state_dict(), model.config.slicegpt["dimensions"][0]
     for fused, pieces in (("qkv_proj", "q_proj k_proj v_proj"), ("gate_up_proj", "gate_proj up_proj")):
         for name in [name for name in weights if fused in name and name not in expected]:  # a Phi-3 as a Mistral
             names = [name.replace(fused, piece) for piece in pieces.split()]
             weights |= zip(names, weights.pop(name).split([len(expected[piece]) for piece in names]))
-    # beta of a LayerNorm became a bias b of W_in, which the standard class may lack. With a LayerNorm bias of 1, it reads
+    # beta of a LayerNorm became a bias b of W_in, which that class may lack. With a LayerNorm bias of 1, it reads
     # x + 1 instead of x. Both x and the rows of a Linear's W have mean 0, so (W + b 1^T / d)(x + 1) = W x + b
     lacking = [name for name in weights.keys() - expected.keys()
                if architecture(model.config).mean_free and name.endswith("bias")]
