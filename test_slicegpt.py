@@ -146,18 +146,20 @@ def test_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
 
+@given(st.integers(2, 24), SEEDS)
+def test_equation_2_rmsnorm_commutes_with_rotation(D, seed):
+    norm = RMSNorm(D, 1e-6)
+    X = random_matrix(seed, 7, D)
+    Q = random_rotation(D, seed + 1)
+    assert_same(norm(X @ Q) @ Q.T, norm(X))
+
+
 def rotate_by_one(model, seed: int):
     """Fuses a model and rotates it by one random matrix. Returns (a copy from before the rotation, the matrix)."""
     fuse(model)
     before, Q = copy.deepcopy(model), random_rotation(model.config.hidden_size, seed)
     rotate(model, Q)
     return before, Q
-
-
-@given(st.integers(2, 24), SEEDS)
-def test_equation_2_rmsnorm_commutes_with_rotation(D, seed):
-    X, Q, norm = random_matrix(seed, 7, D), random_rotation(D, seed + 1), RMSNorm(D, 1e-6)
-    assert_same(norm(X @ Q) @ Q.T, norm(X))
 
 
 @every_family(SEEDS)
@@ -264,8 +266,9 @@ def test_figure_3_beta_moves_into_the_biases_of_what_reads_the_norm(model):
 @every_family(SEEDS)
 def test_figure_3_every_signal_has_mean_0_where_the_norms_subtracted_it(model, seed):
     """(Absolute: up to what rounding leaves of a sum of D numbers.)"""
-    X, norm = random_matrix(seed, 5, model.config.hidden_size), last_norm(model)
-    subtracts_mean = torch.allclose(norm(X + 1), norm(X))
+    norm = last_norm(model)
+    probe = random_matrix(seed, 5, model.config.hidden_size)
+    subtracts_mean = torch.allclose(norm(probe + 1), norm(probe))
     fuse(model)
     for X in signals(model, random_tokens(2, 9, seed)):
         assert (X.mean(-1).abs().max() < 1e-12 * X.abs().max()) == subtracts_mean
@@ -461,10 +464,10 @@ def test_slicing_leaves_d_columns_of_what_writes_the_signal_and_d_rows_of_what_r
     widths = [d] * len(stages(model)) + [D if head == "full" else d]
     assert model.config.slicegpt["dimensions"] == widths
     assert [X.shape[1] for X in signals(model, random_tokens(2, 9, seed))] == widths
-    assert {W_embd.weight.shape for W_embd in embeddings(model)} == {(W.num_embeddings, d) for W in embeddings(model)}
+    assert {matrix(embedding).shape[1] for embedding in embeddings(model)} == {d}
     for stage, d_in, d_out in zip(stages(model), widths[:-1], widths[1:], strict=True):
-        assert {matrix(W_in).shape[0] for W_in in stage.readers} == {d_in}
-        assert {matrix(W_out).shape[1] for W_out in stage.writers} == {d_out}
+        assert {matrix(reader).shape[0] for reader in stage.readers} == {d_in}
+        assert {matrix(writer).shape[1] for writer in stage.writers} == {d_out}
         assert stage.shortcut.shape == (d_in, d_out)
     assert matrix(model.get_output_embeddings()).shape[0] == widths[-1]
 
@@ -587,13 +590,13 @@ def last_norm(model):
 
 
 def readers(model):
-    """All W_in, with W_head last."""
-    return [W_in for stage in stages(model) for W_in in stage.readers] + [model.get_output_embeddings()]
+    """All readers of a model, in order; the head is the last."""
+    return [reader for stage in stages(model) for reader in stage.readers] + [model.get_output_embeddings()]
 
 
 def writers(model):
-    """All W_out."""
-    return [W_out for stage in stages(model) for W_out in stage.writers]
+    """All writers of a model, in order."""
+    return [writer for stage in stages(model) for writer in stage.writers]
 
 
 def bias(module):
@@ -601,11 +604,11 @@ def bias(module):
 
 
 def norms_and_readers(model):
-    """(norm, module) for all that reads what a norm gives, the head included."""
+    """(norm, reader) for every reader of a model, in order."""
     for stage in stages(model):
         for block in stage.blocks:
-            for W_in in submodules(stage.layer, block.W_in):
-                yield stage.layer.get_submodule(block.norm), W_in
+            for reader in submodules(stage.layer, block.W_in):
+                yield stage.layer.get_submodule(block.norm), reader
     yield last_norm(model), model.get_output_embeddings()
 
 
@@ -1891,11 +1894,11 @@ def test_sparsegpt_prunes_what_attention_reads_after_the_pruned_layers(model, se
     zeros = bench.sparsegpt(model, tokens, batch_size=3)
     assert zeros == sum(int((matrix(module) == 0).sum()) for module in readers(model)[:-1] + writers(model))
     for layer, before in zip(layers(model), layers(dense), strict=True):
-        seen, W_in = [], submodules(layer, attention.W_in)
-        handle = W_in[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        seen, pruned = [], submodules(layer, attention.W_in)
+        handle = pruned[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
         model(tokens)
         handle.remove()
-        for new, old in zip(W_in, submodules(before, attention.W_in), strict=True):
+        for new, old in zip(pruned, submodules(before, attention.W_in), strict=True):
             assert_same(matrix(new), bench.prune(matrix(old), covariance(seen[0])), 1e-6)
 
 
