@@ -39,6 +39,7 @@ import time
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1046,11 +1047,12 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
 
     def size(d):
         sliced = copy.deepcopy(model)
-        Q = [torch.eye(D)[:, :d]] * (1 + len(stages(model)))
-        if shared and head != "tied" and architecture(config).mean_free:
-            rotate(sliced, Q[0][:, 1:])
+        if shared:
+            first = int(architecture(config).mean_free and head != "tied")  # then `standard` adds one dimension
+            rotate(sliced, torch.eye(D)[:, first:d])
         else:
-            rotate(sliced, Q[0] if shared else Q[:-1] + [torch.eye(D)] if head == "full" else Q)
+            last = torch.eye(D)[:, :D if head == "full" else d]
+            rotate(sliced, [torch.eye(D)[:, :d]] * len(stages(model)) + [last])
         if head == "tied":
             tie_head(sliced)
         return parameters(standard(sliced)[0])
@@ -1158,7 +1160,7 @@ def test_a_model_from_automodel_is_known_by_its_config(tmp_path):
 
 
 @needs("torchao")
-def test_a_sliced_model_is_quantised_as_it_is_loaded(tmp_path):
+def test_a_sliced_model_is_quantised_as_it_is_loaded(tiny, tmp_path):
     """(0.05: to 8 bits.)"""
     model = mild(tiny_network(hidden_size=128)).float()
     save(slice_model(model, random_tokens(8, 12), 0.5), tiny_tokenizer(), tmp_path / "sliced")
@@ -1169,6 +1171,8 @@ def test_a_sliced_model_is_quantised_as_it_is_loaded(tmp_path):
     assert_same(logits(quantised, BATCH), logits(model, BATCH), 0.05)
     save(quantised, tiny_tokenizer(), tmp_path / "quantised")
     assert_same(logits(load(tmp_path / "quantised")[0], BATCH), logits(quantised, BATCH))
+    code, _, err = command(*options(tiny, tmp_path / "quantised"), "--save", tmp_path / "again")
+    assert code == 2 and "--save of a quantised model: save before it is quantised" in err
 
 
 @pytest.mark.parametrize("rotary", [{"rope_type": "default", "rope_theta": 5e5},
@@ -1570,6 +1574,27 @@ def test_what_fails_after_slicing_does_not_cost_the_model(tiny, tmp_path, monkey
     with pytest.raises(StopIteration):
         command(*options(tiny), "--save", tmp_path / "sliced")
     load(tmp_path / "sliced")
+
+
+def test_what_has_come_to_the_place_meanwhile_stays_and_the_model_is_saved_beside_it(tiny, tmp_path, monkeypatch):
+    place = tmp_path / "sliced"
+    monkeypatch.setattr(slicegpt, "generate", lambda *_: str(place.write_text("in the way")))
+    code, out, err = command(*options(tiny), "--save", place)
+    assert code == 0 and place.read_text() == "in the way"
+    load(re.search("it is saved to (.*)", err)[1])
+
+
+def test_a_disk_without_room_is_found_out_before_the_work(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, out, err = command(*options(tiny), "--save", tmp_path / "sliced")
+    assert (code, out) == (2, "") and err.endswith(" bytes, and 1,000 are free\n")
+
+
+def test_the_demo_model_is_trained_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(SliceGPTError, match="run it once without torchrun"):
+        load("demo")
 
 
 def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, monkeypatch):
