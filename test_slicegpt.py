@@ -1995,6 +1995,24 @@ def test_the_benchmark_of_quality(tiny):
     assert math.isclose(rows[1]["gigabytes"], (bench.weight_bytes(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
 
 
+@needs("gguf")
+def test_weights_are_rounded_to_formats_of_few_bits():
+    """A block of 32 weights has 34 bytes in Q8_0 and 18 in Q4_0, of 128. (0.02, 0.3: that is what they lose.)"""
+    model = mild(tiny_network(hidden_size=32, heads=(4, 4, 8), ffn=64)).float()
+    for format, size, error in (("Q8_0", 34, 0.02), ("Q4_0", 18, 0.3)):
+        rounded, share = bench.rounded(model, format)
+        assert share == size / 128
+        assert_same(logits(rounded, BATCH), logits(model, BATCH), error)
+
+
+def test_the_benchmark_prints_what_it_has_measured_whatever_ends_it(tiny, monkeypatch, capsys):
+    measured = iter([12.345])
+    monkeypatch.setattr(slicegpt, "perplexity", lambda *_, **__: next(measured))
+    with pytest.raises(StopIteration):
+        bench.main([*map(str, ["table1", "--models", tiny / "model", *options(tiny)[2:]])])
+    assert "12.345" in capsys.readouterr().out
+
+
 @needs()  # with matplotlib, if it is there
 def test_the_benchmark_of_the_spectrum(tiny, tmp_path):
     """(1e-4: the program computes in float32.)"""
