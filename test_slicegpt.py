@@ -66,7 +66,7 @@ transformers.logging.set_verbosity_error()
 
 # ---- Seeds, and properties of every family --------------------------------------------------------------------------
 
-SEEDS = st.integers(0, 2**31)  # all random numbers come from seeds: drawn ones, or, in tests of a single network, 0
+SEEDS = st.integers(0, 2**31)  # all random numbers come from seeds: drawn ones, or fixed ones in tests of one network
 
 
 def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double=True):
