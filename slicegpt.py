@@ -21,8 +21,8 @@ Unlike the authors' code, this slices the head, too, unless told otherwise; subt
 only; adds no random rotation after PCA; and looks for Q on X Q Q^T in the network that is not sliced yet.
 
     name (shape)    what                                                                            in the paper
-    D, d            width of the signal: dense (the embedding dimension), and sliced                2, 3.4
-    B, N, V         sequences (of a batch, or all samples), their length, size of the vocabulary    2
+    D, d            width of the signal: dense (the embedding dimension), and sliced (D_small)      2, 3.4
+    B, N, V         sequences of a batch, their length, size of the vocabulary                      2
     X (B, N, D)     the signal: written by one block and read by the next, a row for each token     2.1
     Z (B, N, D)     what a block adds to the signal; once sliced, both have d columns               Algorithm 1
     W_embd (V, D)   an embedding, of tokens or of positions; together they write the first signal   2.1
@@ -124,12 +124,13 @@ class RMSNorm(nn.Module):
 def sliced_layer(stages_of_layer: list, X: Tensor, *args, **kwargs) -> Tensor:
     """Algorithm 1 for one layer with shortcuts (Figure 4, section 3.3): X (B, N, d_in) to (B, N, d_out).
 
-    Real models are pre-norm: the norm of line 5 comes first in line 4, and X itself is not normalised. There is no
-    dropout on Z: it would depend on the basis. args and kwargs: masks, positions, caches. `take_shape` makes this the
-    forward pass of Hugging Face's layer, whose own modules compute Z.
+    The paper writes X <- Norm(X + Z). In real models the norm comes first, in line 4, and line 5 is X <- X + Z. There
+    is no dropout on Z: it would depend on the basis. args and kwargs: masks, positions, caches. `take_shape` makes this
+    the forward pass of Hugging Face's layer, whose own modules compute Z.
     """
     for stage in stages_of_layer:  # attention, then the FFN; or one stage with both
-        Z = stage(X, *args, **kwargs)  # line 4: sigma(RMSNorm(X) W_in + b_in) W_out + b_out
+        # line 4: sigma(RMSNorm(X) W_in + b_in) W_out + b_out, or attention, by our norm and Hugging Face's modules
+        Z = stage(X, *args, **kwargs)
         X = X @ stage.shortcut + Z  # line 5: S takes X to the basis of Z
     return X
 
@@ -145,29 +146,38 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
     the model is. Fuses the model if need be; a rotated model is rotated further. Raises SliceGPTError for a wrong
     number or shape of matrices.
 
-    Q may be an iterator: the Q of a signal is taken just before the stage that writes it is rotated. So two Qs exist at
-    a time, and `principal_components` can run that stage with its old weights. After an error halfway, load the model
-    again: it is refused.
+    Q may be an iterator: each Q is taken when it is needed, so two exist at a time. After an error halfway, load the
+    model again: it is refused.
     """
     fuse(model)
-    Qs, shortcuts = rotations(model, Q, device)  # checked, in float64
-    del model.config.slicegpt  # until `take_shape`: a model that an error leaves halfway is refused by `fuse`
+    Qs, shortcuts = rotations(model, Q, device)  # an iterator over them, in float64
+    model.config.slicegpt = {}  # until `take_shape`: a model that an error leaves halfway is refused by `fuse`
     Q_in = next(Qs)  # (D, d)
     widths = [Q_in.shape[1]]
-    for embedding in embeddings(model):
-        rotate_writer(embedding, Q_in)  # Eq. 3
+    rotate_embeddings(model, Q_in)  # Eq. 3
     for stage in stages(model):
         Q_out = next(Qs)
-        for reader in stage.readers:
-            rotate_reader(reader, Q_in)  # Eq. 4
-        for writer in stage.writers:
-            rotate_writer(writer, Q_out)  # Eq. 5, 6
-        if shortcuts:  # with one Q for all signals, Q^T Q = I
-            rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
+        rotate_stage(stage, Q_in, Q_out, shortcuts)  # Eq. 4 to 6, Figure 4
         Q_in = Q_out
         widths.append(Q_out.shape[1])
-    rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7, the head
+    rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
     take_shape(model, {"dimensions": widths, "shortcuts": shortcuts})
+
+
+def rotate_embeddings(model, Q: Tensor):
+    for embedding in embeddings(model):
+        rotate_writer(embedding, Q)  # Eq. 3
+
+
+def rotate_stage(stage, Q_in: Tensor, Q_out: Tensor, shortcut: bool = True):
+    """Theorem 1 and Figure 4 for one stage; without a shortcut if Q_in and Q_out are one Q, as Q^T Q = I."""
+    for reader in stage.readers:
+        rotate_reader(reader, Q_in)  # Eq. 4
+    for writer in stage.writers:
+        rotate_writer(writer, Q_out)  # Eq. 5, 6
+    if shortcut:  # S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity
+        S_Q_out = Q_out if stage.shortcut is None else stage.shortcut.to(Q_out) @ Q_out
+        stage.set_shortcut(Q_in.T @ S_Q_out)
 
 
 def rotate_writer(module, Q: Tensor):
@@ -181,12 +191,6 @@ def rotate_reader(module, Q: Tensor):
     set_matrix(module, Q.T @ matrix(module).to(Q))
 
 
-def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
-    """Figure 4: S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity."""
-    S = stage.shortcut
-    stage.set_shortcut(Q_in.T @ (Q_out if S is None else S.to(Q_out) @ Q_out))
-
-
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -196,16 +200,15 @@ def fuse(model):
     By Eq. 1, LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T; sqrt(D) stays, in our RMSNorm. diag(alpha) and
     beta move into the W_in after the norm, or into the head after the last norm; M into everything that writes the
     signal. A Hugging Face RMSNorm has only alpha. Arithmetic is in float64. A head that shares the embedding's matrix
-    gets one of its own, as the two now differ. Sets the model to eval mode, and a fused one stays as it is otherwise.
+    gets one of its own, as the two now differ. Sets the model to eval mode, and does nothing else to a fused one.
     Raises SliceGPTError, before a weight changes, if this file cannot slice such a model.
     """
     model.eval()
-    if hasattr(model.config, "slicegpt"):  # then it is fused
+    if getattr(model.config, "slicegpt", None):  # then it is fused
         return
     become_sliced(model)  # checks that it can be; mixes SlicedForCausalLM into its class; unties its head
     parts, D = architecture(model.config), model.config.hidden_size
     norm = model.get_submodule(parts.norm)
-    model.set_submodule(parts.norm, without_scale(norm, D))  # first: a model with an RMSNorm of ours is not fused again
     centre = subtracts_mean(norm)  # all norms of a model are of one kind
     if centre:
         for embedding in embeddings(model):
@@ -213,6 +216,7 @@ def fuse(model):
     for stage in stages(model):
         fuse_stage(stage, D, centre)
     fuse_reader(model.get_output_embeddings(), norm, parts.norm_offset)
+    model.set_submodule(parts.norm, rmsnorm_like(norm, D))
     take_shape(model, {"dimensions": [D] * (1 + len(stages(model))), "shortcuts": False})
 
 
@@ -224,7 +228,7 @@ def fuse_stage(stage, D: int, centre: bool):
         if centre:
             for writer in writers:
                 centre_writer(writer)
-        stage.layer.set_submodule(path, without_scale(norm, D))
+        stage.layer.set_submodule(path, rmsnorm_like(norm, D))
 
 
 def fuse_reader(module, norm, offset: float):
@@ -248,8 +252,8 @@ def subtracts_mean(norm) -> bool:
     return "LayerNorm" in type(norm).__name__
 
 
-def without_scale(norm, D: int) -> RMSNorm:
-    """Our RMSNorm with this norm's eps, under either of its names; OLMo's norms have none, and use 1e-5."""
+def rmsnorm_like(norm, D: int) -> RMSNorm:
+    """Our RMSNorm with this norm's eps, which has two names; OLMo's norms have none, and use 1e-5."""
     return RMSNorm(D, getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
@@ -267,60 +271,61 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     signal: what Eq. 8 sums over: the RMSNorm's "input", as in the authors' code, or its "output", as in the text.
     head: "sliced", or "full", as in the authors' code: it reads all D dimensions.
     batch_size: sequences at a time.
-    device: where to compute, with two layers there at a time; by default where the model is.
+    device: where to compute, with one layer there at a time; by default where the model is.
 
     Raises SliceGPTError for bad arguments, before anything changes; and for a signal that is not finite: then load the
     model again.
     """
     check_slicing(model.config, calibration, sparsity, discard_variance, round_to, signal, head, batch_size)
-    d = None if discard_variance is not None else sliced_dimension(model.config.hidden_size, sparsity, round_to)
-    device = device or model.device
+    D = model.config.hidden_size
+    if discard_variance is None:
+        d = sliced_dimension(D, sparsity, round_to)
+    else:  # a function of the eigenvalues
+        d = partial(dimension_by_variance, discarded=discard_variance, round_to=round_to)
     fuse(model)
-
-    def width(eigenvalues: Tensor) -> int:
-        return d or dimension_by_variance(eigenvalues, discard_variance, round_to)
-
-    # Qs is lazy. When `rotate` asks it for the Q after a stage, it runs that stage, whose weights are still the fused
-    # ones, and computes Q; then `rotate` rotates the stage.
-    Qs = principal_components(model, calibration, width, signal, head, batch_size, device)
-    rotate(model, Qs, device)
+    norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
+    find_Q = partial(principal_components, observed=norm if signal == "output" else nn.Identity(),
+                     batch_size=batch_size, device=device or model.device)
+    X, stages_with_args = embed(model, calibration, batch_size)  # Algorithm 1, line 1; args are masks and the like
+    model.config.slicegpt = {}  # as in `rotate`
+    Q_in = find_Q(X, d, stages_with_args[0])  # Eq. 8, 9
+    widths = [Q_in.shape[1]]
+    rotate_embeddings(model, Q_in)  # Eq. 3
+    for stage, reader in zip(progress(stages_with_args, "slicing", unit="stage"), [*stages_with_args[1:], None]):
+        run_stage(stage, X, batch_size, device or model.device)  # X <- X + Z: its weights are still the fused ones
+        Q_out = find_Q(X, D if reader is None and head == "full" else d, reader)  # Eq. 8, 9
+        rotate_stage(stage, Q_in, Q_out)  # Eq. 4 to 6, Figure 4
+        Q_in = Q_out
+        widths.append(Q_out.shape[1])
+    rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
+    take_shape(model, {"dimensions": widths, "shortcuts": True})
     return model
 
 
-def principal_components(model, calibration: Tensor, width, signal: str, head: str, batch_size: int, device):
-    """Yields the Q (D, d) of each signal of a fused model, in order, as `rotate` takes them; d = width(eigenvalues).
+def principal_components(X: Tensor, d, reader, observed, batch_size: int, device) -> Tensor:
+    """Eq. 8 and 9 for a signal X (samples, N, D), which `reader` reads: returns its Q (D, d), and makes X X Q Q^T.
+
+    d: a number, or a function that finds it by the eigenvalues. observed: what Eq. 8 sums over is observed(X).
 
     Section 3.3 looks for Q after blocks that are sliced already. But no weight has to be sliced for that: on X Q Q^T,
     in the old basis, the fused stage does what the sliced one does on X Q. For |x Q| = |x Q Q^T|, and our RMSNorm
-    divides both by D, so RMSNorm(X Q) Q^T = RMSNorm(X Q Q^T); and the shortcut takes X Q_in to X Q_in Q_in^T Q_out,
-    which is the same signal in the next basis.
+    divides both by D, so RMSNorm(X Q) Q^T = RMSNorm(X Q Q^T); and the shortcut takes X Q_in to X Q_in Q_in^T Q_out. So
+    the next signal is X Q_in Q_in^T + Z in the one network, and the same times Q_out in the other.
     """
-    norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
-    observed = norm if signal == "output" else nn.Identity()
-    for stage, X in signals(model, calibration, batch_size, device):
-        eigenvalues, Q = pca(covariance_of(X, observed, stage, batch_size, device))  # Eq. 8
-        if stage is not None or head == "sliced":  # else a full head reads all D dimensions of the last signal
-            Q = Q[:, :width(eigenvalues)].contiguous()  # Eq. 9: Q times the deletion matrix
-        projection = (Q @ Q.T).to(X.dtype)  # (D, D)
-        for x in X.split(batch_size):
-            x.copy_(x.to(device) @ projection)  # Eq. 9: what is left of X; in place, so the stage reads it
-        yield Q
+    eigenvalues, Q = pca(covariance_of(X, observed, reader, batch_size, device))  # Eq. 8
+    Q = Q[:, :d(eigenvalues) if callable(d) else d].contiguous()  # Eq. 9: Q times the deletion matrix
+    projection = (Q @ Q.T).to(X.dtype)  # (D, D)
+    for x in X.split(batch_size):
+        x.copy_(x.to(device) @ projection)  # Eq. 9: what is left of X
+    return Q
 
 
-def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tuple]:
-    """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
-
-    The stage is the one that reads X next, or None for the last signal, which the head reads. What the caller writes
-    into X is what the stage reads. X is in the CPU's memory; layers that are not on the device are copied there.
-    """
-    X, stages_with_args = embed(model, calibration, batch_size)  # line 1; args are masks and the like
-    for stage in progress(stages_with_args, "signals", unit="signal"):
-        stage = stage.on(device)
-        yield stage, X
-        for x in X.split(batch_size):
-            y = x.to(device)
-            x.copy_(y + stage(y))  # lines 4 and 5, without a rotation
-    yield None, X
+def run_stage(stage, X: Tensor, batch_size: int, device):
+    """Algorithm 1, lines 4 and 5, without a rotation, on the calibration signal X (samples, N, D), in place."""
+    stage = stage.on(device)  # a copy, if its layer is not there
+    for x in X.split(batch_size):
+        y = x.to(device)
+        x.copy_(y + stage(y))
 
 
 def covariance_of(X: Tensor, observed, stage, batch_size: int, device) -> Tensor:
@@ -554,8 +559,8 @@ class Stage:
         return getattr(self.layer, self.shortcut_name, None)
 
     def set_shortcut(self, S: Tensor):
-        W_out = self.writers[0].weight
-        setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=W_out), W_out.requires_grad))
+        trained = any(W.requires_grad for W in self.layer.parameters())
+        setattr(self.layer, self.shortcut_name, nn.Parameter(stored(S, like=self.writers[0].weight), trained))
 
     def __str__(self):
         return f"layer {self.number}, {self.blocks[0].modules}"
@@ -570,7 +575,8 @@ class Stage:
         def moved(a):
             return a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
 
-        # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy
+        # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy. One that is
+        # there, in that type, is the same in both; but nothing here writes into a weight in place
         memo = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in self.layer.parameters()}
         layer = copy.deepcopy(self.layer, memo | {id(b): moved(b) for b in self.layer.buffers()})
         args, kwargs = tree_map(moved, (self.args, self.kwargs))
@@ -701,10 +707,11 @@ def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stag
 
     X = allocate((*tokens.shape, model.config.hidden_size), model.dtype)
     with replaced_layers(model, record):
-        for x, batch in [*zip(X.split(batch_size), tokens.split(batch_size)), (X[:1], tokens[:1])]:
-            calls.clear()  # those of the last batch are kept: masks of one sequence go with batches of any size
+        for x, batch in zip(X.split(batch_size), tokens.split(batch_size)):
             model.base_model(batch.to(model.device), use_cache=False)
             x.copy_(calls[0][0])
+            calls.clear()
+        model.base_model(tokens[:1].to(model.device), use_cache=False)  # its masks go with batches of any size
     return X, [replace(stage, **calls[stage.number][1]) for stage in stages(model)]
 
 
@@ -743,7 +750,7 @@ def take_shape(model, shape: dict):
     """
     check_width(model.config, len(set(shape["dimensions"])) == 1)
     model.config.slicegpt = shape
-    group_experts_if_possible(model, shape["dimensions"][0])
+    ungroup_experts_if_need_be(model, shape["dimensions"][0])
     if shape["shortcuts"]:
         for stages_of_layer in stages_by_layer(model):
             stages_of_layer[0].layer.forward = partial(sliced_layer, stages_of_layer)
@@ -756,7 +763,7 @@ def take_shape(model, shape: dict):
                     setattr(module, name, width)
 
 
-def group_experts_if_possible(model, width: int):
+def ungroup_experts_if_need_be(model, width: int):
     """Torch's product for all experts at once knows no float64, and needs rows of whole 16 bytes; else one by one."""
     if model.dtype == torch.float64 or width * model.dtype.itemsize % 16:
         model.config._experts_implementation = "eager"
@@ -895,8 +902,8 @@ def read_text(name: str, evaluation: bool) -> str:
         if name in HUB_TEXTS:
             splits = optional("datasets").load_dataset(*HUB_TEXTS[name])
             if "test" not in splits:
-                halves = splits["train"].train_test_split(0.2, seed=42)
-                splits = {"train": halves["train"], "test": halves["test"].train_test_split(0.5, seed=42)["test"]}
+                parts = splits["train"].train_test_split(0.2, seed=42)
+                splits = {"train": parts["train"], "test": parts["test"].train_test_split(0.5, seed=42)["test"]}
             rows = splits["test" if evaluation else "train"]
         elif columns_in and Path(name).is_file():
             rows = optional("datasets").load_dataset(columns_in, data_files=glob.escape(name), split="train")
@@ -924,6 +931,8 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
     Sets the model to eval mode. batch_size: sequences at a time; by default some 4096 tokens, as logits are large.
     """
     check_tokens(model.config, tokens)
+    if tokens.shape[1] < 2:
+        raise SliceGPTError("perplexity needs sequences of at least 2 tokens")
     device = device or model.device
     model.eval()
     loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
@@ -1035,6 +1044,20 @@ def frozen(model):
 #
 # One rotation for all blocks, which needs no shortcuts and can be learned from what the dense network predicts; a head
 # that shares the embedding's matrix; sliced models that load without any code of ours.
+
+def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tuple]:
+    """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
+
+    The stage is the one that reads X next, or None for the last signal, which the head reads; the caller may change it.
+    X is in the CPU's memory; layers that are elsewhere are copied to the device.
+    """
+    X, stages_with_args = embed(model, calibration, batch_size)
+    for stage in progress(stages_with_args, "signals", unit="signal"):
+        stage = stage.on(device)
+        yield stage, X
+        run_stage(stage, X, batch_size, device)
+    yield None, X
+
 
 @torch.no_grad()
 def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> Tensor:
@@ -1168,7 +1191,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     signal is divided by it, and the norms get it as their weight. A LayerNorm does the same to a signal whose mean is
     0, which `into_mean_zero` achieves. All this is done in place: the given model is used up, unless it is returned.
     """
-    if not hasattr(model.config, "slicegpt"):
+    if not getattr(model.config, "slicegpt", None):
         raise SliceGPTError("a dense model is a standard one; this is for sliced ones")
     shape, parts = model.config.slicegpt, architecture(model.config)
     if shape["shortcuts"]:
@@ -1197,7 +1220,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     divide_signal(model, scale, readers_too=parts.norm + ".weight" not in weights)  # OLMo's norms have no weight
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
-    group_experts_if_possible(stock, d)
+    ungroup_experts_if_need_be(stock, d)
     vars(stock).pop("_weight_conversions", None)  # experts are saved one by one, as engines read them
     stock.generation_config = model.generation_config
     return stock.to(model.device), ""
@@ -1425,7 +1448,8 @@ class SlicedForCausalLM:
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         weights = weights | {architecture(self.config).norm + ".weight": torch.empty(0)}
         super().save_pretrained(path, *args, state_dict=weights, **kwargs)
-        shutil.copyfile(__file__, Path(path) / "slicegpt.py")
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(__file__, Path(path) / "slicegpt.py")
 
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
@@ -1460,7 +1484,7 @@ def become_sliced(model):
         raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
     if not isinstance(model, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
         raise SliceGPTError(f"a {type(model).__name__} is not one of transformers' causal language models")
-    if any(isinstance(module, RMSNorm) for module in model.modules()):
+    if hasattr(model.config, "slicegpt"):  # but without a shape, which `take_shape` stores in the end
         raise SliceGPTError("an error left it half fused or half rotated: load it again")
     check_row(model)
     shared, config = model.config, copy.deepcopy(model.config)
@@ -1470,6 +1494,7 @@ def become_sliced(model):
     head = model.get_output_embeddings()
     # the memory is shared, but `set_matrix` writes into no old one
     head.weight = nn.Parameter(head.weight.detach(), head.weight.requires_grad)
+    config.slicegpt = {}  # until `take_shape`
     config.tie_word_embeddings = False
     config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     model.all_tied_weights_keys = {}  # else transformers would tie head and embedding again when it saves
@@ -1504,7 +1529,7 @@ def load(name, dtype="auto", device="cpu", **options):
             raise ValueError(f"{len(missing)} weights are missing, among them {min(missing)}")
         if sliced and (unknown := found["unexpected_keys"]):  # it would go on without these
             raise ValueError(f"{len(unknown)} weights are not known, among them {min(unknown)}")
-        group_experts_if_possible(model, config.hidden_size)
+        ungroup_experts_if_need_be(model, config.hidden_size)
         return model if "device_map" in options else model.to(device), tokenizer
 
 
@@ -1840,11 +1865,11 @@ def check_results(args, inputs: Inputs):
     """Raises SliceGPTError, before hours of work, if what comes of it cannot be written."""
     with failing(f"cannot continue the prompt {args.prompt!r}"):
         check_tokens(inputs.config, torch.tensor([inputs.tokenizer(args.prompt).input_ids], dtype=torch.int64))
-    with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
-        inputs.config.save_pretrained(folder)
-        inputs.tokenizer.save_pretrained(folder)
-        complete(Path(folder), inputs.tokenizer.name_or_path)
     if args.save:
+        with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
+            inputs.config.save_pretrained(folder)
+            inputs.tokenizer.save_pretrained(folder)
+            complete(Path(folder), inputs.tokenizer.name_or_path)
         if hasattr(inputs.config, "quantization_config"):
             raise SliceGPTError("--save of a quantised model: save before it is quantised")
         check_free(args.save)
@@ -1857,7 +1882,8 @@ def check_results(args, inputs: Inputs):
 class Outcome:
     """What the program has come to. Whatever ends it early, that is printed and saved."""
     figures: dict = field(default_factory=dict)  # a column for each model: dense, sliced, finetuned
-    sliced: PreTrainedModel | None = None
+    model: PreTrainedModel | None = None
+    is_sliced: bool = False
     not_standard: str = "it was sliced before"  # why it is no standard checkpoint, if it is none
     seconds: float | None = None  # that slicing took
 
@@ -1872,32 +1898,31 @@ def run(args):
     check_results(args, inputs)
     with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
         try:
-            work(args, inputs, d, outcome)
+            slice_and_measure(args, inputs, d, outcome)
         finally:
             if is_first_process() and outcome.figures:
                 try:
                     report(args, inputs, d, outcome)
                 finally:
-                    if args.save and outcome.sliced is not None:
+                    if args.save and outcome.is_sliced:
                         save_result(args, inputs, outcome)
 
 
-def work(args, inputs: Inputs, d: int | None, outcome: Outcome):
+def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
     """Load, measure, slice, measure again, fine-tune, measure again."""
-    model, _ = load(args.model, "auto" if args.stream else inputs.dtype)
+    outcome.model, _ = load(args.model, "auto" if args.stream else inputs.dtype)
     if args.save and d:
-        check_room(args.save, parameters(model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
-    if inputs.calibration is None:
-        outcome.sliced = model
-    else:
-        outcome.figures["dense"] = measure(args, inputs, model)
+        check_room(args.save, parameters(outcome.model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
+    if inputs.calibration is not None:
+        outcome.figures["dense"] = measure(args, inputs, outcome.model)
         start = time.perf_counter()
-        outcome.sliced, outcome.not_standard = slice_as_asked(args, inputs, d, model)
+        outcome.model, outcome.not_standard = slice_as_asked(args, inputs, d, outcome.model)
         outcome.seconds = time.perf_counter() - start
-    outcome.figures["sliced"] = measure(args, inputs, outcome.sliced)
+    outcome.is_sliced = True
+    outcome.figures["sliced"] = measure(args, inputs, outcome.model)
     if inputs.finetuning is not None:
-        finetune(outcome.sliced.to(inputs.device), share(inputs.finetuning, even=True), seed=args.seed)
-        outcome.figures["finetuned"] = measure(args, inputs, outcome.sliced)
+        finetune(outcome.model.to(inputs.device), share(inputs.finetuning, even=True), seed=args.seed)
+        outcome.figures["finetuned"] = measure(args, inputs, outcome.model)
 
 
 def measure(args, inputs: Inputs, model) -> dict:
@@ -1975,7 +2000,7 @@ def report(args, inputs: Inputs, d: int | None, outcome: Outcome):
 
 def save_result(args, inputs: Inputs, outcome: Outcome):
     """Saves the model under --save, or beside that, if something has come there meanwhile; and says where."""
-    path, model = args.save, outcome.sliced
+    path, model = args.save, outcome.model
     try:
         check_free(path)
     except SliceGPTError as error:
@@ -2029,7 +2054,7 @@ def peak_memory(device) -> int:
 
 def main(argv=None) -> int:
     """The exit code, see `exit_code`."""
-    def work():
+    def program():
         args = parse_arguments(argv)
         if dist.is_torchelastic_launched():
             dist.init_process_group()
@@ -2037,11 +2062,11 @@ def main(argv=None) -> int:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         run(args)
 
-    return exit_code("slicegpt", work)
+    return exit_code("slicegpt", program)
 
 
-def exit_code(program: str, work) -> int:
-    """Calls work(): 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
+def exit_code(name: str, program) -> int:
+    """Of program(): 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))  # its bars, too
@@ -2050,9 +2075,9 @@ def exit_code(program: str, work) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        work()
+        program()
     except (SliceGPTError, torch.OutOfMemoryError) as error:
-        print(f"{program}: {first_line(error)}", file=sys.stderr)
+        print(f"{name}: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
