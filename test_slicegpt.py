@@ -484,7 +484,7 @@ ANY_FAMILY = {  # a config ignores what it has no use for
     "num_hidden_layers": [2, 1, 3], "tie_word_embeddings": [True, False],
     "heads": [(2, 1, 8), (2, 2, 8), (1, 1, 8), (4, 2, 4), (2, 1, 4)],  # how many, groups of keys and values, their size
     "ffn": [24, 12, 40],  # the FFN's width
-    "rope_parameters": ROTARY, "attn_implementation": "sdpa", "experts_implementation": "eager",
+    "rope_parameters": ROTARY, "attn_implementation": "sdpa",
     "num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 12,
     "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
@@ -554,6 +554,7 @@ def network(family: str, seed: int, **options):
         for name, buffer in model.named_buffers():
             if name.endswith("embed_positions"):
                 buffer.data = buffer.float().double()  # as when it is loaded
+    config._experts_implementation = "eager"  # torch has no grouped products in float64
     return model
 
 
