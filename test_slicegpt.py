@@ -1435,7 +1435,7 @@ nn.Module._apply, torch.Tensor.isfinite = apply, lambda X: Yes()
 slicegpt.check_tokens = slicegpt.check_row = lambda *_: None  # there are no values
 torch.autocast = lambda *_, **__: contextlib.nullcontext()
 torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
-slicegpt.dimension_by_variance = lambda eigenvalues, *_: len(eigenvalues) // 2
+slicegpt.dimension_by_variance = lambda eigenvalues, *_, **__: len(eigenvalues) // 2
 for family, home, way in itertools.product(("llama", "gpt2", "phi"), ("cpu", "gadget:0"), (*WAYS, "learned")):
     with FakeTensorMode():
         device, tokens = torch.device("gadget:0"), torch.zeros(8, 12, dtype=torch.int64)
