@@ -146,38 +146,30 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
     the model is. Fuses the model if need be; a rotated model is rotated further. Raises SliceGPTError for a wrong
     number or shape of matrices.
 
-    Q may be an iterator: each Q is taken when it is needed, so two exist at a time. After an error halfway, load the
-    model again: it is refused.
+    Q may be an iterator. Then the Q after a stage is taken just before that stage is rotated: two exist at a time, and
+    `slice_model` can run the stage with its old weights to find it. After an error halfway, load the model again: it
+    is refused.
     """
     fuse(model)
-    Qs, shortcuts = rotations(model, Q, device)  # an iterator over them, in float64
+    Qs = rotations(model, Q, device)  # an iterator over the Q of each signal, in float64
+    shortcuts = model.config.slicegpt["shortcuts"] or not isinstance(Q, Tensor)  # one Q needs none, as Q^T Q = I
     model.config.slicegpt = {}  # until `take_shape`: a model that an error leaves halfway is refused by `fuse`
     Q_in = next(Qs)  # (D, d)
     widths = [Q_in.shape[1]]
-    rotate_embeddings(model, Q_in)  # Eq. 3
+    for embedding in embeddings(model):
+        rotate_writer(embedding, Q_in)  # Eq. 3
     for stage in stages(model):
         Q_out = next(Qs)
-        rotate_stage(stage, Q_in, Q_out, shortcuts)  # Eq. 4 to 6, Figure 4
+        for reader in stage.readers:
+            rotate_reader(reader, Q_in)  # Eq. 4
+        for writer in stage.writers:
+            rotate_writer(writer, Q_out)  # Eq. 5, 6
+        if shortcuts:
+            rotate_shortcut(stage, Q_in, Q_out)  # Figure 4
         Q_in = Q_out
         widths.append(Q_out.shape[1])
     rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
     take_shape(model, {"dimensions": widths, "shortcuts": shortcuts})
-
-
-def rotate_embeddings(model, Q: Tensor):
-    for embedding in embeddings(model):
-        rotate_writer(embedding, Q)  # Eq. 3
-
-
-def rotate_stage(stage, Q_in: Tensor, Q_out: Tensor, shortcut: bool = True):
-    """Theorem 1 and Figure 4 for one stage; without a shortcut if Q_in and Q_out are one Q, as Q^T Q = I."""
-    for reader in stage.readers:
-        rotate_reader(reader, Q_in)  # Eq. 4
-    for writer in stage.writers:
-        rotate_writer(writer, Q_out)  # Eq. 5, 6
-    if shortcut:  # S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity
-        S_Q_out = Q_out if stage.shortcut is None else stage.shortcut.to(Q_out) @ Q_out
-        stage.set_shortcut(Q_in.T @ S_Q_out)
 
 
 def rotate_writer(module, Q: Tensor):
@@ -189,6 +181,12 @@ def rotate_writer(module, Q: Tensor):
 def rotate_reader(module, Q: Tensor):
     """Eq. 4 and 7: W_in <- Q^T W_in; W_head <- Q^T W_head; b_in and b_head stay."""
     set_matrix(module, Q.T @ matrix(module).to(Q))
+
+
+def rotate_shortcut(stage, Q_in: Tensor, Q_out: Tensor):
+    """Figure 4: S <- Q_in^T S Q_out (d_in, d_out); at first S is the identity."""
+    S = stage.shortcut
+    stage.set_shortcut(Q_in.T @ (Q_out if S is None else S.to(Q_out) @ Q_out))
 
 
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
@@ -271,61 +269,63 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
     signal: what Eq. 8 sums over: the RMSNorm's "input", as in the authors' code, or its "output", as in the text.
     head: "sliced", or "full", as in the authors' code: it reads all D dimensions.
     batch_size: sequences at a time.
-    device: where to compute, with one layer there at a time; by default where the model is.
+    device: where to compute, with a layer or two there at a time; by default where the model is.
 
     Raises SliceGPTError for bad arguments, before anything changes; and for a signal that is not finite: then load the
     model again.
     """
     check_slicing(model.config, calibration, sparsity, discard_variance, round_to, signal, head, batch_size)
-    D = model.config.hidden_size
     if discard_variance is None:
-        d = sliced_dimension(D, sparsity, round_to)
-    else:  # a function of the eigenvalues
-        d = partial(dimension_by_variance, discarded=discard_variance, round_to=round_to)
+        d = sliced_dimension(model.config.hidden_size, sparsity, round_to)
+    device = device or model.device
     fuse(model)
     norm = model.get_submodule(architecture(model.config).norm)  # fused, all norms are alike
-    find_Q = partial(principal_components, observed=norm if signal == "output" else nn.Identity(),
-                     batch_size=batch_size, device=device or model.device)
-    X, stages_with_args = embed(model, calibration, batch_size)  # Algorithm 1, line 1; args are masks and the like
-    model.config.slicegpt = {}  # as in `rotate`
-    Q_in = find_Q(X, d, stages_with_args[0])  # Eq. 8, 9
-    widths = [Q_in.shape[1]]
-    rotate_embeddings(model, Q_in)  # Eq. 3
-    for stage, reader in zip(progress(stages_with_args, "slicing", unit="stage"), [*stages_with_args[1:], None]):
-        run_stage(stage, X, batch_size, device or model.device)  # X <- X + Z: its weights are still the fused ones
-        Q_out = find_Q(X, D if reader is None and head == "full" else d, reader)  # Eq. 8, 9
-        rotate_stage(stage, Q_in, Q_out)  # Eq. 4 to 6, Figure 4
-        Q_in = Q_out
-        widths.append(Q_out.shape[1])
-    rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
-    take_shape(model, {"dimensions": widths, "shortcuts": True})
+    observed = norm if signal == "output" else nn.Identity()
+
+    def Qs():
+        for stage, X in signals(model, calibration, batch_size, device):
+            eigenvalues, Q = pca(covariance_of(X, observed, stage, batch_size, device))  # Eq. 8
+            if stage is None and head == "full":  # the last signal
+                columns = len(Q)
+            elif discard_variance is None:
+                columns = d
+            else:
+                columns = dimension_by_variance(eigenvalues, discard_variance, round_to)
+            Q = Q[:, :columns].contiguous()  # Eq. 9: Q times the deletion matrix
+            project(X, Q, batch_size, device)  # Eq. 9: what is left of X, which the stage reads
+            yield Q
+
+    rotate(model, Qs(), device)
     return model
 
 
-def principal_components(X: Tensor, d, reader, observed, batch_size: int, device) -> Tensor:
-    """Eq. 8 and 9 for a signal X (samples, N, D), which `reader` reads: returns its Q (D, d), and makes X X Q Q^T.
-
-    d: a number, or a function that finds it by the eigenvalues. observed: what Eq. 8 sums over is observed(X).
+def project(X: Tensor, Q: Tensor, batch_size: int, device):
+    """X <- X Q Q^T, in place, for X (samples, N, D): what slicing leaves of the signal, in the old basis.
 
     Section 3.3 looks for Q after blocks that are sliced already. But no weight has to be sliced for that: on X Q Q^T,
     in the old basis, the fused stage does what the sliced one does on X Q. For |x Q| = |x Q Q^T|, and our RMSNorm
     divides both by D, so RMSNorm(X Q) Q^T = RMSNorm(X Q Q^T); and the shortcut takes X Q_in to X Q_in Q_in^T Q_out. So
     the next signal is X Q_in Q_in^T + Z in the one network, and the same times Q_out in the other.
     """
-    eigenvalues, Q = pca(covariance_of(X, observed, reader, batch_size, device))  # Eq. 8
-    Q = Q[:, :d(eigenvalues) if callable(d) else d].contiguous()  # Eq. 9: Q times the deletion matrix
     projection = (Q @ Q.T).to(X.dtype)  # (D, D)
     for x in X.split(batch_size):
-        x.copy_(x.to(device) @ projection)  # Eq. 9: what is left of X
-    return Q
+        x.copy_(x.to(device) @ projection)
 
 
-def run_stage(stage, X: Tensor, batch_size: int, device):
-    """Algorithm 1, lines 4 and 5, without a rotation, on the calibration signal X (samples, N, D), in place."""
-    stage = stage.on(device)  # a copy, if its layer is not there
-    for x in X.split(batch_size):
-        y = x.to(device)
-        x.copy_(y + stage(y))
+def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tuple]:
+    """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
+
+    The stage is the one that reads X next, or None for the last signal, which the head reads. Both may be changed
+    before the next is asked for. X is in the CPU's memory; layers that are elsewhere are copied to the device.
+    """
+    X, stages_with_args = embed(model, calibration, batch_size)  # line 1; args are masks and the like
+    for stage in progress(stages_with_args, "signals", unit="stage"):
+        stage = stage.on(device)
+        yield stage, X
+        for x in X.split(batch_size):
+            y = x.to(device)
+            x.copy_(y + stage(y))  # lines 4 and 5, without a rotation
+    yield None, X
 
 
 def covariance_of(X: Tensor, observed, stage, batch_size: int, device) -> Tensor:
@@ -541,7 +541,7 @@ class Stage:
         return Z if self.multiplier == 1 else self.multiplier * Z
 
     def of_each_block(self) -> list[tuple]:
-        """(path of its norm, the norm, its readers, its writers), for each block."""
+        """(path of its norm, the norm, its readers, its writers), for each block, as they are now."""
         return [(block.norm, self.layer.get_submodule(block.norm), submodules(self.layer, block.W_in),
                  submodules(self.layer, block.W_out)) for block in self.blocks]
 
@@ -576,7 +576,7 @@ class Stage:
             return a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
 
         # deepcopy takes what it finds in its memo, so each tensor goes to the device without another copy. One that is
-        # there, in that type, is the same in both; but nothing here writes into a weight in place
+        # there, in that type, is the same in both; but nothing that works on copies writes into a weight in place
         memo = {id(W): nn.Parameter(moved(W.detach()), W.requires_grad) for W in self.layer.parameters()}
         layer = copy.deepcopy(self.layer, memo | {id(b): moved(b) for b in self.layer.buffers()})
         args, kwargs = tree_map(moved, (self.args, self.kwargs))
@@ -665,7 +665,7 @@ def as_stored(module, W: Tensor) -> Tensor:
 def set_matrix(module, W: Tensor, b: Tensor | None = None):
     """The inverse of `matrix`: W of any shape, in the dtype of the old weight. b (outputs): a new bias, if any.
 
-    The weight stays the same parameter, so whoever shares it, as a tied head does, goes on sharing it.
+    The weight stays the same parameter. Without b, the bias stays.
     """
     if isinstance(module, Expert):
         module.store(as_stored(module, W), b)
@@ -715,31 +715,30 @@ def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stag
     return X, [replace(stage, **calls[stage.number][1]) for stage in stages(model)]
 
 
-def rotations(model, Q, device) -> tuple[Iterator[Tensor], bool]:
-    """For `rotate`: (the Q of each signal in float64, whether there are shortcuts).
+def rotations(model, Q, device) -> Iterator[Tensor]:
+    """For `rotate`: the Q of each signal, in float64.
 
     Raises SliceGPTError for a wrong number or shape of matrices: at once, unless Q is an iterator.
     """
-    shape = model.config.slicegpt
-    if shape.get("tied"):  # beyond the paper, see `tie_head`
+    if model.config.slicegpt.get("tied"):  # beyond the paper, see `tie_head`
         raise SliceGPTError("its head is tied to its embedding: rotate it before `tie_head`")
-    dimensions = shape["dimensions"]
-    Qs = [Q] * len(dimensions) if isinstance(Q, Tensor) else Q
+    widths = model.config.slicegpt["dimensions"]
+    Qs = [Q] * len(widths) if isinstance(Q, Tensor) else Q
     if not isinstance(Qs, Iterator):
         Qs = list(Qs)
-        if [len(Q_of_signal) for Q_of_signal in Qs] != dimensions:
-            raise SliceGPTError(f"this model's rotations have {dimensions} rows")
+        if [len(Q_of_signal) for Q_of_signal in Qs] != widths:
+            raise SliceGPTError(f"this model's rotations have {widths} rows")
         check_width(model.config, len({Q_of_signal.shape[1] for Q_of_signal in Qs}) == 1)
 
-    def hand_out():
+    def checked():
         remaining = iter(Qs)
-        for width in dimensions:
+        for width in widths:
             Q_of_signal = next(remaining, None)
             if Q_of_signal is None or len(Q_of_signal) != width:
-                raise SliceGPTError(f"this model's rotations have {dimensions} rows")
+                raise SliceGPTError(f"this model's rotations have {widths} rows")
             yield Q_of_signal.to(device or model.device, torch.float64)
 
-    return hand_out(), shape["shortcuts"] or not isinstance(Q, Tensor)
+    return checked()
 
 
 def take_shape(model, shape: dict):
@@ -1045,20 +1044,6 @@ def frozen(model):
 # One rotation for all blocks, which needs no shortcuts and can be learned from what the dense network predicts; a head
 # that shares the embedding's matrix; sliced models that load without any code of ours.
 
-def signals(model, calibration: Tensor, batch_size: int, device) -> Iterator[tuple]:
-    """Algorithm 1 on the calibration tokens (samples, N): yields (stage, X) for every signal X (samples, N, D).
-
-    The stage is the one that reads X next, or None for the last signal, which the head reads; the caller may change it.
-    X is in the CPU's memory; layers that are elsewhere are copied to the device.
-    """
-    X, stages_with_args = embed(model, calibration, batch_size)
-    for stage in progress(stages_with_args, "signals", unit="signal"):
-        stage = stage.on(device)
-        yield stage, X
-        run_stage(stage, X, batch_size, device)
-    yield None, X
-
-
 @torch.no_grad()
 def shared_rotation(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> Tensor:
     """One Q (D, D) for the whole network, in float64: `rotate(model, Q[:, :d])` slices with it, without shortcuts.
@@ -1217,6 +1202,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
             return model, f"a {config.model_type}'s heads must add up to its hidden size"
     if model.device.type == "meta":
         return stock, ""
+    # in place, so in `weights`, too
     divide_signal(model, scale, readers_too=parts.norm + ".weight" not in weights)  # OLMo's norms have no weight
     stock = base.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype,
                                  attn_implementation=model.config._attn_implementation)
@@ -1535,7 +1521,8 @@ def load(name, dtype="auto", device="cpu", **options):
 
 def hub_options(options: dict) -> dict:
     """Those of from_pretrained's options that say which files are meant."""
-    return {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+    return {key: options[key] for key in names if key in options}
 
 
 def describe(name, **options) -> tuple:
@@ -2004,7 +1991,7 @@ def save_result(args, inputs: Inputs, outcome: Outcome):
     try:
         check_free(path)
     except SliceGPTError as error:
-        path = path.with_name(f"{path.name}-{os.getpid()}")
+        path = path.resolve().with_name(f"{path.resolve().name}-{os.getpid()}")
         warn(f"{error}; it is saved to {path}")
     convert(model, inputs.saved_in)
     save(model, inputs.tokenizer, path)
