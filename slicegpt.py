@@ -1456,7 +1456,9 @@ class SlicedForCausalLM:
 def sliced_class(base: type) -> type:
     """SlicedForCausalLM in front of one of Hugging Face's classes; its instances can be copied and pickled."""
     return type("SlicedForCausalLM", (SlicedForCausalLM, base), {
-        "__module__": __name__, "__reduce__": lambda self: (blank, (base,), vars(self))})
+        "__module__": __name__, "__reduce__": lambda self: (blank, (base,), vars(self)),
+        # transformers would look for the answer in this file
+        "_can_set_experts_implementation": classmethod(lambda cls: base._can_set_experts_implementation())})
 
 
 def blank(base: type):
@@ -1486,6 +1488,7 @@ def become_sliced(model):
     config.tie_word_embeddings = False
     config.auto_map = {"AutoModelForCausalLM": "slicegpt.SlicedForCausalLM"}
     model.all_tied_weights_keys = {}  # else transformers would tie head and embedding again when it saves
+    model._keep_in_fp32_modules = set()  # gpt-oss's norms, which will have no weights
     model._weight_conversions = []  # nor may it save under names that only the dense model's class understands
     if not isinstance(model, SlicedForCausalLM):
         model.__class__ = sliced_class(type(model))

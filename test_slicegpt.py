@@ -1536,7 +1536,8 @@ def test_a_model_that_is_sliced_already_is_measured_and_finetuned(tiny):
 @pytest.mark.parametrize("flags, warning", [
     ("--samples 3", "96 calibration tokens are few for 16 dimensions"),
     ("--eval-samples 200", "text has 92 sequences of 32 tokens, and not 200"),
-    ("--sparsity 0", "none of the 16 dimensions is deleted: --sparsity 0")])
+    ("--sparsity 0", "none of the 16 dimensions is deleted: --sparsity 0"),
+    ("--params 1 --rotation shared", "none of the 16 dimensions is deleted: --params 1.0 allows all of them")])
 def test_what_is_probably_not_meant_is_done_with_a_warning(tiny, flags, warning):
     code, out, err = command(*options(tiny), *flags.split())
     assert code == 0 and "perplexity" in out and err.startswith("slicegpt: warning: ") and warning in err
@@ -1708,6 +1709,236 @@ def test_the_program_as_a_process(tiny, tmp_path):
     assert process.returncode == 2 and "mod?le" in process.stdout and "perplexity" in process.stdout
     assert process.stderr.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
     load(tmp_path / "sliced")
+
+
+# ---- Nothing is lost, and nothing is silently wrong -----------------------------------------------------------------
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced(tiny, tmp_path, name, code, times):
+    """The first is sent while the sliced model is measured; a second, while it is saved, ends the program at once."""
+    program = f"""
+import os, runpy, signal, sys, transformers
+
+def sending(owner, name, number):
+    function, calls = getattr(owner, name), []
+    def call(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.{name})
+        return function(*args, **kwargs)
+    setattr(owner, name, call)
+
+sending(transformers.GenerationMixin, "generate", 2)
+if {times} == 2:
+    sending(transformers.PreTrainedModel, "save_pretrained", 1)
+runpy.run_path({str(HERE / "slicegpt.py")!r}, run_name="__main__")
+"""
+    arguments = [*map(str, options(tiny)), "--save", str(tmp_path / "sliced")]
+    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert process.returncode == code and "Traceback" not in process.stderr
+    assert "dense: " in process.stdout and "sliced: " not in process.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ([] if times == 2 else ["sliced"])
+    if times == 1:
+        load(tmp_path / "sliced")
+
+
+def fail(monkeypatch, owner, name: str, error, number: int = 1):
+    """Makes a function raise an error at its call of this number."""
+    function, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == number:
+            raise error
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_a_signal_while_slicing_costs_no_figures(tiny, tmp_path, monkeypatch):
+    fail(monkeypatch, slicegpt, "pca", KeyboardInterrupt(), 2)
+    code, out, _ = command(*options(tiny), "--save", tmp_path / "sliced")
+    assert code == 130 and "dense: " in out and not list(tmp_path.iterdir())
+
+
+def test_a_save_that_fails_costs_no_figures(tiny, tmp_path, monkeypatch):
+    fail(monkeypatch, transformers.PreTrainedModel, "save_pretrained", OSError(28, "No space left on device"))
+    code, out, err = command(*options(tiny), "--save", tmp_path / "sliced", "--report", tmp_path / "report.json")
+    assert code == 2 and "sliced: " in out and err.endswith("No space left on device\n")
+    assert json.loads((tmp_path / "report.json").read_text())["sliced_perplexity"] > 1
+
+
+def test_a_quantised_model_is_not_saved_again_and_that_is_said_before_the_work(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(slicegpt, "load", None)
+    shutil.copytree(tiny / "sliced", tmp_path / "quantised")
+    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    code, out, err = command(*options(tiny, tmp_path / "quantised"), "--save", tmp_path / "sliced")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--save of a quantised model" in err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tiny, tmp_path):
+    tiny_network().float().save_pretrained(tmp_path)
+    with pytest.raises(SliceGPTError, match="cannot load .*tokenizer"):
+        load(tmp_path)
+
+
+def test_a_message_goes_on_behind_a_colon():
+    assert slicegpt.first_line(ValueError("What is wrong: \n  the reason.\nand more")) == "What is wrong: the reason"
+
+
+@pytest.mark.parametrize("settings", [
+    {"max_new_tokens": 300}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}, {"min_length": 30},
+    {"repetition_penalty": 1e9}, {"max_new_tokens": 1, "no_repeat_ngram_size": 1}])
+def test_a_checkpoints_own_settings_do_not_change_the_sample_text(tiny, tmp_path, settings):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    model, tokenizer = load(tmp_path / "model")
+    expected = slicegpt.generate(model, tokenizer, "the")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    model, _ = load(tmp_path / "model")
+    before = model.generation_config.to_dict()
+    assert slicegpt.generate(model, tokenizer, "the") == expected and len(expected) > 3
+    assert model.generation_config.to_dict() == before  # it is saved on
+
+
+def test_a_sample_text_that_fails_stops_nothing(tiny, tmp_path, monkeypatch):
+    fail(monkeypatch, transformers.GenerationMixin, "generate", RuntimeError("no such cache"), 2)
+    out, report = results(*options(tiny), "--save", tmp_path / "sliced")
+    assert "sliced: (cannot continue the prompt 'If the': no such cache)" in out and report["sliced_perplexity"] > 1
+
+
+def test_finetuning_that_does_harm_is_warned_of(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(slicegpt, "optional", lambda package: None)
+    monkeypatch.setattr(slicegpt, "finetune", lambda model, *_, **__: model.lm_head.weight.data.mul_(-3))
+    out, report = results(*options(tiny), "--finetune", 9)
+    code, _, err = command(*options(tiny), "--finetune", 9)
+    assert code == 0 and f"perplexity {report['sliced_perplexity']:.2f} before, and " in err
+    assert f"{report['finetuned_perplexity']:.2f} after it; the fine-tuned model is the one that is saved" in err
+
+
+@pytest.mark.parametrize("flags, dtype", [("", torch.bfloat16), ("--rotation shared", torch.bfloat16),
+                                          ("--stream", torch.bfloat16), ("--dtype float32", torch.float32)])
+def test_a_model_is_saved_in_the_type_that_it_came_in(tiny, tmp_path, flags, dtype):
+    """float32 is for computing; the figures are those of the saved model."""
+    checkpoint(tiny_network().bfloat16(), tmp_path / "model")
+    out, report = results(*options(tiny, tmp_path / "model"), *flags.split(), "--save", tmp_path / "sliced")
+    model, _ = load(tmp_path / "sliced")
+    assert {W.dtype for W in model.parameters()} == {dtype}
+    assert report["sliced_bytes"] == parameters(model) * dtype.itemsize
+    size = sum(file.stat().st_size for file in (tmp_path / "sliced").iterdir())
+    assert f"{str(dtype).removeprefix('torch.')}, {size:,} bytes" in out
+    tokens = tokenize(tiny_tokenizer(), (tiny / "text").read_text(), 32, 2)
+    assert math.isclose(perplexity(load(tmp_path / "sliced", torch.float32)[0], tokens), report["sliced_perplexity"],
+                        rel_tol=1e-6)
+    weights = [tmp_path / name / "model.safetensors" for name in ("model", "sliced")]
+    assert dtype == torch.float32 or weights[0].stat().st_size > weights[1].stat().st_size
+
+
+def test_routers_that_transformers_keeps_in_float32_stay_so(tiny, tmp_path):
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 16}
+    checkpoint(tiny_network("ernie4_5_moe", **experts).bfloat16(), tmp_path / "model")
+    results(*options(tiny, tmp_path / "model"), "--rotation", "shared", "--save", tmp_path / "sliced")
+    types = {name: W.dtype for name, W in load_file(tmp_path / "sliced" / "model.safetensors").items()}
+    assert {types[name] for name in types if name.endswith("gate.weight")} == {torch.float32}
+    assert types["lm_head.weight"] == torch.bfloat16
+
+
+def wrong_models():
+    model = tiny_network().float()
+    classifier = transformers.AutoModelForSequenceClassification.from_config(model.config)
+    return {"LlamaModel is not one of": model.model, "LlamaForSequenceClassification is not": classifier,
+            "OptimizedModule is not": torch.compile(model)}
+
+
+@pytest.mark.parametrize("message", wrong_models())
+def test_what_is_no_causal_language_model_is_refused(message):
+    with pytest.raises(SliceGPTError, match=message):
+        slice_model(wrong_models()[message], random_tokens(4, 9))
+
+
+WRONG_TOKENS = {
+    "not BatchEncoding": lambda: tiny_tokenizer()("the dog", return_tensors="pt"), "not list": lambda: [[1, 2, 3]],
+    "torch.int64 of shape .9,.": lambda: random_tokens(1, 9)[0],
+    "torch.float32 of": lambda: random_tokens(2, 9).float(),
+    "torch.int32 of shape .2, 9.": lambda: random_tokens(2, 9).int(), "a token -1": lambda: -torch.ones(2, 9).long(),
+    "no tokens": lambda: random_tokens(0, 9)}
+
+
+@pytest.mark.parametrize("message", WRONG_TOKENS)
+@pytest.mark.parametrize("function", [slice_model, shared_rotation, perplexity, tie_head, finetune, partial(
+    learn_rotation, Q=torch.eye(16), steps=1)])
+def test_what_are_no_tokens_is_refused(function, message):
+    model = tiny_network().float()
+    if function == tie_head:
+        fuse(model)
+    with pytest.raises(SliceGPTError, match=message):
+        function(model, WRONG_TOKENS[message]())
+
+
+@pytest.mark.parametrize("message, call", {
+    "steps must be at least 1, not 0": lambda model, tokens: learn_rotation(model, tokens, torch.eye(16), 0),
+    "batch_size must be at least 1, not 0": lambda model, tokens: slice_model(model, tokens, batch_size=0),
+    "round_to must be at least 1, not 0": lambda model, tokens: slice_model(model, tokens, round_to=0),
+    "discard_variance must be .* not 25": lambda model, tokens: slice_model(model, tokens, discard_variance=25),
+    "sparsity must be .* not 25": lambda model, tokens: slice_model(model, tokens, 25),
+    "a dense model": lambda model, tokens: standard(model),
+    "needs the model's tokenizer": lambda model, tokens: save(model, None, "/nowhere"),
+}.items())
+def test_wrong_calls_are_answered_in_one_line(message, call):
+    with pytest.raises(SliceGPTError, match=message):
+        call(tiny_network().float(), random_tokens(4, 9))
+
+
+def test_an_old_transformers_is_named_as_the_file_is_imported():
+    program = "import transformers; transformers.__version__ = '4.57.1'; import slicegpt"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.stderr.splitlines()[-1] == (
+        "ImportError: slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1")
+
+
+def test_a_device_without_float64_is_refused(tiny, monkeypatch):
+    zeros = torch.zeros
+
+    def zeros_of_mps(*args, dtype=None, device=None, **kwargs):
+        if device == "mps" and dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*args, dtype=dtype, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", zeros_of_mps)
+    code, out, err = command(*options(tiny), "--device", "mps")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "cannot use --device mps: " in err and "float64" in err
+
+
+@pytest.mark.parametrize("flags", ["--dtype float64", "--rotation shared --round-to 1 --sparsity 0.5"])
+def test_a_mixture_runs_in_float64_and_at_any_width(tiny, tmp_path, flags):
+    """Torch has no product of all experts at once there."""
+    checkpoint(tiny_network("mixtral", hidden_size=12).float(), tmp_path / "model")
+    _, report = results(*options(tiny, tmp_path / "model"), *flags.split(), "--save", tmp_path / "sliced")
+    model, _ = load(tmp_path / "sliced")
+    tokens = tokenize(tiny_tokenizer(), (tiny / "text").read_text(), 32, 2)
+    assert math.isclose(perplexity(model, tokens), report["sliced_perplexity"], rel_tol=1e-5)
+
+
+def load_a_sliced_mixture_and_make_a_standard_one(path):
+    model, _ = load(path / "sliced")
+    assert model.config._experts_implementation == "grouped_mm"
+    assert standard(slice_by(load(path / "dense")[0], "shared", random_tokens(4, 12)))[1] == ""
+
+
+def test_a_sliced_mixture_computes_its_experts_as_transformers_does(tmp_path):
+    """All at once, also where a sliced one is the first in its process."""
+    model = tiny_network("mixtral").float()
+    checkpoint(model, tmp_path / "dense")
+    save(slice_by(model, "block", random_tokens(4, 12)), tiny_tokenizer(), tmp_path / "sliced")
+    assert in_a_process(load_a_sliced_mixture_and_make_a_standard_one, tmp_path) == 0
+
+
+def test_a_tied_model_runs_in_float16_though_transformers_keeps_its_norms_in_float32(tmp_path):
+    model = slice_by(mild(tiny_network("gpt_oss", tie_word_embeddings=True)).half(), "tied", random_tokens(4, 12))
+    save(model, tiny_tokenizer(), tmp_path / "sliced")
+    assert_same(load(tmp_path / "sliced")[0](BATCH[0]).logits, model(BATCH[0]).logits, 1e-3)
 
 
 # ---- Several processes ----------------------------------------------------------------------------------------------
