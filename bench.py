@@ -21,9 +21,8 @@ A command is a function of its name, with its own options as parameters behind `
 import argparse
 import contextlib
 import copy
-import difflib
-import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -31,7 +30,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -74,10 +72,7 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
 
 
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A random network of a published shape: dense, if sparsity is None, or else sliced, by a Q per block or a shared Q.
-
-    layers: how many it has; 0 for as many as published.
-    """
+    """A network of a published shape, of so many layers (0: all): dense (sparsity None), or sliced, by Qs or one Q."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     with torch.device(device):
@@ -95,16 +90,13 @@ def experts(model) -> list:
             if isinstance(linear, slicegpt.Expert)]
 
 
-def all_bytes(model) -> int:
-    return sum(weight.nbytes for weight in model.parameters())
-
-
 def weight_bytes(model) -> int:
     """What one token must read: all weights but the embedding's (if the head has others) and those of idle experts."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     idle = sum(expert.weight.nbytes * (1 - model.config.num_experts_per_tok / len(expert.of_all[0]))
                for expert in experts(model))  # of_all[0] has a row for each expert of a layer
-    return round(all_bytes(model) - idle - (0 if head is embedding else embedding.nbytes))
+    everything = sum(weight.nbytes for weight in model.parameters())
+    return round(everything - idle - (0 if head is embedding else embedding.nbytes))
 
 
 # ---- Measuring and showing ------------------------------------------------------------------------------------------
@@ -116,24 +108,18 @@ WARM_UP = 4  # rounds
 def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
     """Calls every one of these functions once in each round: seconds (works, rounds), without those of the warm-up.
 
-    So what disturbs the machine falls on all alike; and each round starts with another, as the first may find caches
-    and clocks in another state than the rest.
+    So what disturbs the machine falls on all alike. The order is random, as each may suffer from the one before it.
     """
     synchronize = torch.get_device_module(device).synchronize
     seconds = torch.zeros(len(works), warm_up + rounds, dtype=torch.float64)
     for number in slicegpt.progress(range(warm_up + rounds), label, unit="round"):
-        for turn in range(len(works)):
-            i = (number + turn) % len(works)
+        for i in torch.randperm(len(works)).tolist():
             synchronize()
             start = time.perf_counter()
             works[i]()
             synchronize()
             seconds[i, number] = time.perf_counter() - start
     return seconds[:, warm_up:]
-
-
-def medians(seconds: Tensor) -> list[float]:
-    return [median(times) for times in seconds.tolist()]
 
 
 @torch.no_grad()
@@ -153,13 +139,13 @@ def decoder(model, prompt: Tensor, room: int | None = None):
     return lambda: step(token, attention_mask=mask, position_ids=positions.add_(1), cache=past, use_cache=True)
 
 
-HEADINGS = {  # of the columns, where they say more than the keys of --json
+HEADINGS = {  # of the columns, where the keys of --json do not say enough
     "ms": "ms/token", "p10": "p10 ms", "p90": "p90 ms", "time": "of dense time", "time_p10": "its p10",
-    "time_p90": "its p90", "gigabytes": "GB/token", "bytes": "of dense GB", "held": "GB held", "bandwidth": "of a copy's",
-    "copy_gigabytes_per_second": "copy GB/s", "speed": "tokens/s", "sparse": "2:4", "sliced_time": "sliced/dense",
-    "sparse_time": "2:4/dense", "forward": "dense pass", "body": "without head", "rft": "RFT", "ratio": "slicing/pass",
-    "forward_peak": "pass GB", "body_peak": "without GB", "slicing_peak": "slicing GB", "rft_peak": "RFT GB",
-    "share": "of dense parameters"}
+    "time_p90": "its p90", "gigabytes": "GB/token", "bytes": "of dense GB", "held": "GB held",
+    "bandwidth": "of copy GB/s", "copy_gigabytes_per_second": "copy GB/s", "speed": "tokens/s", "sparse": "2:4",
+    "sliced_time": "sliced/dense", "sparse_time": "2:4/dense", "forward": "dense pass", "forward_peak": "its GB",
+    "body": "without head", "body_peak": "its GB", "slicing_peak": "its GB", "rft": "RFT", "rft_peak": "its GB",
+    "ratio": "slicing/pass", "share": "of dense parameters"}
 
 
 def show(args, title: str, rows: list[dict]):
@@ -211,32 +197,32 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
     """Table 2: the time of one token: dense, sliced by a Q per block, and, beyond the paper, by one Q shared by all.
 
     In each of --tokens rounds, every network decodes a token, and some memory is copied. ms/token, p10, p90: median and
-    percentiles of the rounds; of dense time, its p10, its p90: likewise, of the ratios to the dense network in the same
-    round. GB/token: the weights that a token needs, which bound its time, as all must come from memory; GB held: all
-    weights. of a copy's: what these GB/token are a second, as a share of copy GB/s, which the copy reads and writes.
+    percentiles of the rounds. of dense time, its p10, its p90: likewise, of the ratios to the dense network in the same
+    round. GB/token: the weights that a token needs, and that must come from memory; of dense GB: relative to the dense
+    network's; GB held: all weights. copy GB/s: what the copy reads and writes, which is about all that memory can do;
+    of copy GB/s: the GB/token that a network reads in a second, as a share of it.
 
     If --layers are fewer than published, networks of so many and of half as many are measured, and each round is
-    extrapolated to the published depth: with it grows the noise that p10 and p90 show. Without --compile, small
-    networks and batches on a GPU measure how fast Python hands out the work.
+    extrapolated to the published depth, and so is the noise that p10 and p90 show. Without --compile, small networks
+    and batches on a GPU measure how fast Python hands out the work.
     """
     published = SHAPES[shape][1]["num_hidden_layers"]
     depths = [layers // 2, layers] if 0 < layers < published else [published]
     if depths[0] < 1:
         raise SliceGPTError("--layers must be 0, for all, or at least 2")
-    networks = {"dense": (None, False), f"block {sparsity:.0%}": (sparsity, False),
-                f"shared {sparsity:.0%}": (sparsity, True)}
-    models = [build(shape, sparsity_or_none, depth, args.dtype, args.device, shared)
-              for sparsity_or_none, shared in networks.values() for depth in depths]
+    networks = {"dense": {"sparsity": None}, f"block {sparsity:.0%}": {"sparsity": sparsity},
+                f"shared {sparsity:.0%}": {"sparsity": sparsity, "shared": True}}
+    models = [build(shape, layers=depth, dtype=args.dtype, device=args.device, **how)
+              for how in networks.values() for depth in depths]
 
     def at_published_depth(figures: Tensor) -> Tensor:
-        """A row for each model -> a row for each network: every further layer adds the same to a figure."""
+        """A row for each model -> a row for each network, as every further layer adds the same."""
         figures = figures.unflatten(0, (len(networks), len(depths)))
-        shallow, deep = figures[:, 0], figures[:, -1]
-        of_a_layer = (deep - shallow) / max(1, depths[-1] - depths[0])
-        return deep + (published - depths[-1]) * of_a_layer
+        shallow, deep = figures[:, 0], figures[:, -1]  # the same, if there is one depth
+        return deep + (deep - shallow) * (published - depths[-1]) / max(1, depths[-1] - depths[0])
 
-    sizes = torch.tensor([[weight_bytes(model), all_bytes(model)] for model in models], dtype=torch.float64)
-    sizes = at_published_depth(sizes).tolist()
+    sizes = [[weight_bytes(model), sum(weight.nbytes for weight in model.parameters())] for model in models]
+    sizes = at_published_depth(torch.tensor(sizes, dtype=torch.float64)).tolist()
     source = torch.ones(2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # more than caches hold
     target = torch.empty_like(source)
     percentiles = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
@@ -247,7 +233,7 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
         room = length + WARM_UP + tokens if compile else None
         works = [*(decoder(model, prompt, room) for model in models), lambda: target.copy_(source)]
         of_works = in_turns(works, tokens, args.device, "decoding")
-        copied = 2 * source.nbytes / median(of_works[-1].tolist())
+        copied = 2 * source.nbytes / of_works[-1].quantile(0.5).item()
         seconds = at_published_depth(of_works[:-1])
         for name, times, (read, held) in zip(networks, seconds, sizes):
             ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
@@ -257,22 +243,23 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
                          "bytes": read / sizes[0][0], "held": held / 1e9, "bandwidth": 1e3 * read / ms / copied,
                          "copy_gigabytes_per_second": copied / 1e9})
     draw(args, rows, "network", ["prompt"], "ms")
-    return (f"{shape}, {args.dtype}, {args.device}: one token, batch {batch_size}, {tokens} times"
-            f"{', compiled' * compile}; {published} layers"
-            + f", extrapolated from {depths[-1]} and {depths[0]}" * (len(depths) > 1))
+    extrapolated = f", extrapolated from {depths[-1]} and {depths[0]}" if len(depths) > 1 else ""
+    return (f"{shape}, {args.dtype}, {args.device}, {published} layers{extrapolated}: one token, batch {batch_size}, "
+            f"{tokens} times{', compiled' * compile}")
 
 
 def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, max_batch_size=1024, seqlen=128,
                tokens=16):
-    """A.6: tokens per second, dense and sliced, of batches that are doubled until it drops or memory runs out.
+    """A.6: tokens/s, dense and sliced, in batches that are doubled until it drops or memory runs out.
 
-    It is the batch by the median time of --tokens steps, which are those in the middle of --seqlen tokens.
+    It is the batch by the median time of a step; the --tokens steps that are timed are those in the middle of --seqlen.
+    --layers: to measure fewer than published.
     """
     prompt_length = (seqlen - tokens) // 2 - WARM_UP
     if prompt_length < 1:
-        raise SliceGPTError(f"--seqlen must be at least {tokens + 2 * WARM_UP + 2}, for --tokens {tokens} in its middle")
+        raise SliceGPTError(f"--seqlen must be at least {tokens + 2 * WARM_UP + 2} for --tokens {tokens}")
     for sparsity in sparsities:
-        sliced_dimension(SHAPES[shape][1]["hidden_size"], sparsity)  # raises now for what cannot be, not after the work
+        sliced_dimension(SHAPES[shape][1]["hidden_size"], sparsity)  # raises for what cannot be, before the work
     dense_speed = None
     for sparsity in (None, *sparsities):
         name = "dense" if sparsity is None else f"block {sparsity:.0%}"
@@ -282,8 +269,8 @@ def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, m
             row = {"network": name, "batch": batch, "speed": None, "note": "out of memory"}
             prompt = torch.randint(10, 1000, (batch, prompt_length), device=args.device)
             try:
-                seconds = in_turns([decoder(model, prompt)], tokens, args.device, "decoding")
-                row |= {"speed": batch / medians(seconds)[0], "note": ""}
+                seconds = in_turns([decoder(model, prompt)], tokens, args.device, "decoding").quantile(0.5).item()
+                row |= {"speed": batch / seconds, "note": ""}
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise  # the latter is how a CPU says it
@@ -291,21 +278,20 @@ def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, m
             if row["speed"] is None or row["speed"] < best["speed"]:
                 break
             best = row
-        depth = model.config.num_hidden_layers
         del model  # before the next is built
         if sparsity is None:
             dense_speed = best["speed"]
         best["note"] = f"best: {best['speed'] / dense_speed:.2f} of dense" if dense_speed else "best"
     draw(args, rows, "network", ["batch"], "speed", "log", "log")
-    return f"{shape}, {depth} layers, {args.dtype}, {args.device}: sequences of {seqlen} tokens"
+    return f"{shape}, {layers or 'all'} layers, {args.dtype}, {args.device}: sequences of {seqlen} tokens"
 
 
 @torch.no_grad()
 def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repeat=50):
     """A.7: the time of every matrix product of a layer: dense, sliced, and 2:4 sparse where torch has such a product.
 
-    dense, sliced, 2:4: ms, the medians of --repeat rounds, for each of --batch-sizes, in tokens. Shortcuts, X S, are in
-    the sliced layer only; `all` is the sum for a layer.
+    dense, sliced, 2:4: ms, the medians of --repeat rounds, for each of --batch-sizes, in tokens; sliced/dense and
+    2:4/dense: ratios of these. Only a sliced layer has shortcuts, the products X S; `all` is the sum of the layer's.
     """
     dense, sliced = (build(shape, each, 1, args.dtype, args.device) for each in (None, sparsity))
     if experts(dense):
@@ -336,8 +322,8 @@ def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repe
             products[after.shortcut_name] = {"sliced": partial(torch.matmul, X, after.shortcut)}
         total = {"dense": 0, "sliced": 0, "sparse": 0}
         for operation, works in products.items():
-            seconds = in_turns(list(works.values()), repeat, args.device, operation)
-            ms = {kind: 1e3 * time for kind, time in zip(works, medians(seconds))}
+            seconds = in_turns(list(works.values()), repeat, args.device, operation).quantile(0.5, dim=1)
+            ms = dict(zip(works, (1e3 * seconds).tolist()))
             total |= {kind: total[kind] + ms[kind] for kind in ms}
             rows.append({"operation": operation, "tokens": tokens} | dict.fromkeys(total) | ms)
         if any("dense" in works and "sparse" not in works for works in products.values()):
@@ -355,13 +341,13 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
          samples=(4, 8), seqlen=512, finetune=4, repeat=1):
     """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass.
 
-    Medians of --repeat rounds, after one that warms up; each is about a new network, which the passes leave as it is,
-    slicing slices, and RFT trains. without head: a pass without it, as slicing needs none. slicing/pass: the ratio for
-    the same --samples. RFT: its setting up, a step for every 4 sequences, and merging. GB: the most that was in use.
+    Medians of --repeat rounds, after one that warms up. Each round is about a new network: it runs on the --samples
+    (dense pass), also without its head, which slicing does not run; it is sliced by them, and then recovers (RFT: its
+    setting up, a step for every 4 sequences, merging). Behind each, its GB: the most memory that was in use meanwhile.
+    slicing/pass: the ratio of these two. --layers: to measure fewer than published.
     """
-    if finetune and not importlib.util.find_spec("peft"):
-        print("without RFT: this needs the package peft: pip install peft")
-        finetune = 0
+    if finetune:
+        slicegpt.optional("peft")  # raises, before the work, if it is not there
 
     def forward(network, tokens):
         for batch in tokens.split(batch_size):
@@ -369,30 +355,29 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
 
     def one_round(shape, tokens, learned) -> dict:
         model = build(shape, None, layers, args.dtype, args.device)
-        size = {"parameters": parameters(model)}  # before it is sliced
         works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
                  "slicing": partial(slice_model, model, tokens, sparsity, batch_size=batch_size)}
         if finetune:  # with gradients, which `in_turns` disables
             works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, model, learned))
-        seconds = {}
-        peaks = {}
+        costs = {}
         for name, work in works.items():
             if args.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(args.device)
             with contextlib.suppress(OSError):  # 5 resets Linux's peak; elsewhere it is that since the beginning
                 Path("/proc/self/clear_refs").write_text("5")
-            seconds[name] = in_turns([work], 1, args.device, name, warm_up=0).item()
-            peaks[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 1e9
-        return size | seconds | peaks | {"ratio": seconds["slicing"] / seconds["forward"]}
+            costs[name] = in_turns([work], 1, args.device, name, warm_up=0).item()
+            costs[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 1e9
+        return costs | {"ratio": costs["slicing"] / costs["forward"]}
 
     for shape, count in itertools.product(shapes, samples):
         tokens, learned = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
         rounds = [one_round(shape, tokens, learned) for _ in range(1 + repeat)][1:]
-        rows.append({"shape": shape, "samples": count, "tokens": tokens.numel()}
+        size = parameters(build(shape, None, layers, args.dtype, "meta"))
+        rows.append({"shape": shape, "samples": count, "tokens": tokens.numel(), "parameters": size}
                     | {key: median(figures[key] for figures in rounds) for key in rounds[0]})
     draw(args, rows, "shape", ["tokens"], "slicing", "log", "log")
-    return (f"{args.dtype}, {args.device}, {layers or 'all'} layers: seconds, GB at the peak, sparsity {sparsity:.0%}, "
-            f"{repeat} rounds, RFT by {finetune} sequences")
+    return (f"{args.dtype}, {args.device}, {layers or 'all'} layers: seconds, and GB at the peak, the medians "
+            f"of {repeat}; sparsity {sparsity:.0%}, RFT by {finetune} sequences")
 
 
 # ---- Quality --------------------------------------------------------------------------------------------------------
@@ -460,30 +445,21 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
     return W
 
 
-@dataclass
-class Real:
-    """A real model and its texts, as the options of slicegpt.py ask for them."""
-    model: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
-    device: torch.device
-    calibration: Tensor | None  # tokens (samples, N); None for a model that is sliced already
-    evaluation: Tensor  # tokens (samples, N)
-    layerwise: dict  # batch_size and device, for what goes through a model layer by layer
-    calibrated: str  # what titles say of these tokens
-    evaluated: str
+def read_model(args, may_be_sliced: bool = False) -> tuple:
+    """(model, inputs, layerwise) that the options of slicegpt.py ask for; those that were left out are filled in.
 
-
-def read_model(args, name: str, may_be_sliced: bool = False) -> Real:
-    """Raises SliceGPTError for a model that is sliced already, unless it may be."""
-    asked = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as some defaults depend on the model
-    inputs = slicegpt.read_inputs(asked)
+    inputs: see slicegpt.Inputs; layerwise: batch_size and device, for what goes through a model layer by layer. Raises
+    SliceGPTError for a model that is sliced already, unless it may be.
+    """
+    inputs = slicegpt.read_inputs(args)
     if inputs.calibration is None and not may_be_sliced:
-        raise SliceGPTError(f"{name} is sliced already")
-    samples = 0 if inputs.calibration is None else len(inputs.calibration)
-    return Real(slicegpt.load(name, inputs.dtype)[0].eval(), inputs.tokenizer, inputs.device, inputs.calibration,
-                inputs.evaluation, {"batch_size": args.batch_size, "device": inputs.device},
-                calibrated=f"{samples} x {asked.seqlen} tokens of {asked.calibration}",
-                evaluated=f"{len(inputs.evaluation)} x {asked.seqlen} tokens of {asked.eval}")
+        raise SliceGPTError(f"{args.model} is sliced already")
+    model = slicegpt.load(args.model, inputs.dtype)[0].eval()
+    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
+
+
+def size_of(tokens: Tensor, text: str) -> str:
+    return f"{len(tokens)} x {tokens.shape[1]} tokens of {text}"
 
 
 PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
@@ -496,30 +472,29 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 
 
 def table1(args, rows, models: Sequence[str] = (), round_to=8):
-    """Table 1: WikiText-2 perplexity of --models; and the paper's, where a directory has the name of one of its models.
-
-    Without --models, of --model.
-    """
+    """Table 1: perplexity of all --models (or --model), and the paper's of those that are named like one of its own."""
     names = models or [args.model]
     if len({Path(name).name for name in names}) < len(names):
         raise SliceGPTError("--models must end in different names, which are the columns'")
     methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {s:.0%}": s for s in (0.1, 0.2, 0.25, 0.3)}
-    rows += [{"method": method} for method in methods]  # now, as each model adds columns to all rows
-    points = []
+    rows += [{"method": method} for method in methods]  # to which each model adds columns
     titles = []
+    points = []  # for --plot
     for name in names:
         label = Path(name).name
-        real = read_model(args, name)
-        titles.append(f"{label}: perplexity on {real.evaluated}, calibrated on {real.calibrated}")
+        asked = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as it is filled in for this model
+        model, inputs, layerwise = read_model(asked)
+        titles.append(f"{label}: perplexity on {size_of(inputs.evaluation, asked.eval)}, "
+                      f"calibrated on {size_of(inputs.calibration, asked.calibration)}")
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
         for row, sparsity, published in zip(rows, methods.values(), paper):
-            network = copy.deepcopy(real.model)
+            network = copy.deepcopy(model)
             if sparsity is None:
-                sparsegpt(network, real.calibration, **real.layerwise)
+                sparsegpt(network, inputs.calibration, **layerwise)
             elif sparsity > 0:
-                slice_model(network, real.calibration, sparsity, round_to=round_to, **real.layerwise)
-            with slicegpt.placed(network, real.device):
-                row[label] = slicegpt.perplexity(network, real.evaluation, device=real.device)
+                slice_model(network, inputs.calibration, sparsity, round_to=round_to, **layerwise)
+            with slicegpt.placed(network, inputs.device):
+                row[label] = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
             row[f"{label} in the paper"] = published
             if sparsity is not None:
                 points.append({"model": label, "%": 100 * sparsity, "perplexity": row[label]})
@@ -538,18 +513,17 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = tasks.replace(",", " ").split()
     for name in set(names) - set(manager.all_tasks):
-        near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
-        raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
-    real = read_model(args, args.model, may_be_sliced=True)
+        raise SliceGPTError(f"there is no task {name}")
+    model, inputs, layerwise = read_model(args, may_be_sliced=True)
     title = args.model
-    networks = ["sliced"] if real.calibration is None else ["dense", "sliced"]
-    sliced_dimension(real.model.config.hidden_size, sparsity)  # raises now for what cannot be, not after the work
+    networks = ["sliced"] if inputs.calibration is None else ["dense", "sliced"]
+    sliced_dimension(model.config.hidden_size, sparsity)  # raises for what cannot be, before the work
     for network in networks:
-        if network == "sliced" and real.calibration is not None:
-            slice_model(real.model, real.calibration, sparsity, **real.layerwise)
-            title += f", sliced {sparsity:.0%} by {real.calibrated}"
-        with slicegpt.placed(real.model, real.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
-            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(real.model, tokenizer=real.tokenizer)
+        if network == "sliced" and inputs.calibration is not None:
+            slice_model(model, inputs.calibration, sparsity, **layerwise)
+            title += f", sliced {sparsity:.0%} by {size_of(inputs.calibration, args.calibration)}"
+        with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
+            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
             results = slicegpt.optional("lm_eval").simple_evaluate(
                 judged, tasks=names, task_manager=manager, limit=limit or None)
         if not rows:
@@ -572,77 +546,78 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: Sequence[float] = ()
     --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
     or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to;
     before that, sliced networks, but not the dense one, have been turned at random, which makes rounding cost less.
-    In each of up to 50 rounds every network decodes a token: ms/token is the median of its times, `of dense time` that
-    of their ratios to the dense network's. So all networks are in memory at once.
+    dimension: the first signal's. GB/token: the weights that a token reads. In each of up to 50 rounds every network
+    decodes a token: ms/token is the median of its times, of dense time that of their ratios to the dense network's.
+    For this, all networks are in memory at once.
     """
-    blocks = {format: gguf_format(format)[1] for format in formats}  # raises for a wrong one before the model is read
-    real = read_model(args, args.model)
-    lengths = {round_to} | {W.shape[-1] for W in real.model.parameters() if W.dim() > 1}
-    for format, block in blocks.items():
-        if any(length % block for length in lengths):
-            raise SliceGPTError(f"cannot round the weights to {format}: --round-to must be a multiple of {block}, and "
-                                "so must the rows of all matrices")
-    texts = {"perplexity": real.evaluation}
-    samples, seqlen = real.evaluation.shape
+    def check_formats(lengths):  # raises for rows of a length that a format does not have
+        for format, length in itertools.product(formats, lengths):
+            rounded(nn.Embedding.from_pretrained(torch.zeros(1, length)), format)
+
+    check_formats([round_to])  # before the model is read
+    model, inputs, layerwise = read_model(args)
+    check_formats({W.shape[-1] for W in model.parameters() if W.dim() > 1})
+    texts = {"perplexity": inputs.evaluation}
+    samples, seqlen = inputs.evaluation.shape
     if eval_also:
         text = slicegpt.read_text(eval_also, evaluation=True)
-        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(real.tokenizer, text, seqlen, samples)
-    model = real.model.to(real.device)
-    networks = by_every_method(args, real, sparsities, params, round_to, learn)
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=real.device)
+        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(inputs.tokenizer, text, seqlen, samples)
+    model.to(inputs.device)
+    networks = by_every_method(model, inputs.calibration, layerwise, sparsities, params, round_to, learn, args.seed)
+    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=inputs.device)
     rounds = max(1, min(50, seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
-    seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, real.device, "decoding")
+    seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, inputs.device, "decoding")
     for (method, network, zeros), times in zip(networks, seconds):
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
                "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
-        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * median(times.tolist()),
-                "time": median((times / seconds[0]).tolist())}
-        rows.append(row)  # now, as it is shown even if what follows is ended
+        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * times.quantile(0.5).item(),
+                "time": (times / seconds[0]).quantile(0.5).item()}
+        rows.append(row)  # already, so that it is shown if something ends the rest
         row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
         for format in formats if not zeros else ():
             stored, smaller = rounded(network, format)
             row[f"{format} GB/token"] = smaller * row["gigabytes"]
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
     draw(args, rows, "method", ["parameters", "time"], "perplexity", y_scale="log")
-    turned = "\nformats: sliced networks are turned at random before they are rounded, the dense one is not" if formats else ""
-    return (f"{args.model}: {real.evaluated}, calibrated on {real.calibrated}; one token on {real.device}, batch 1.\n"
-            f"2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products{turned}")
+    return (f"{args.model}: {size_of(inputs.evaluation, args.eval)}, calibrated on "
+            f"{size_of(inputs.calibration, args.calibration)}; one token on {inputs.device}, batch 1.\n"
+            "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products"
+            + "\nFormats: sliced networks, but not the dense one, are turned at random before rounding" * bool(formats))
 
 
-def by_every_method(args, real, sparsities, params, round_to, learn) -> list[tuple]:
+def by_every_method(model, calibration, layerwise, sparsities, params, round_to, learn, seed) -> list[tuple]:
     """(method, network, number of weights that are pruned), for `quality`: the dense model, SparseGPT's, sliced ones.
 
     Sizes that cannot be reached raise SliceGPTError before the work.
     """
-    model, calibration, config = real.model, real.calibration, real.model.config
-    by_sparsity = [sliced_dimension(config.hidden_size, sparsity, round_to) for sparsity in sparsities]
+    by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, round_to) for sparsity in sparsities]
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     dimensions = {}  # of networks with one Q for all, for each kind of head
     for head in ["sliced", "tied"] if tied else ["sliced"]:
-        by_params = [slicegpt.dimension_for(config, share, round_to, "shared", head) for share in params]
+        by_params = [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
         dimensions[head] = by_params or by_sparsity
     fused = copy.deepcopy(model)
-    Q = slicegpt.shared_rotation(fused, calibration, **real.layerwise)  # of which each size takes the first columns
+    Q = slicegpt.shared_rotation(fused, calibration, **layerwise)  # of which each size takes the first columns
 
     @cache  # a tied head may ask for the same as a sliced one
     def rotation(columns: int, learned: bool) -> Tensor:
         start = Q[:, :columns]
-        return slicegpt.learn_rotation(fused, calibration, start, learn, seed=args.seed) if learned else start
+        return slicegpt.learn_rotation(fused, calibration, start, learn, seed=seed) if learned else start
 
     def spread(d: int) -> Tensor:  # it changes nothing (Theorem 1), but weights of one size lose less when rounded
-        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=real.device)).Q
+        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
 
     sparse = copy.deepcopy(model)
-    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **real.layerwise))]
+    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **layerwise))]
     for sparsity in sparsities:
-        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **real.layerwise)
+        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **layerwise)
         slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
         networks.append(("block", network, 0))
     for learned, head in itertools.product([False, True] if learn else [False], dimensions):
         for d in dimensions[head]:
             network = copy.deepcopy(model)
-            columns = slicegpt.columns_to_keep(config, d, head)
+            columns = slicegpt.columns_to_keep(model.config, d, head)
             slicegpt.rotate(network, rotation(columns, learned) @ spread(columns))
             if head == "tied":
                 slicegpt.tie_head(network, calibration)
@@ -651,30 +626,23 @@ def by_every_method(args, real, sparsities, params, round_to, learn) -> list[tup
     return networks
 
 
-def gguf_format(format: str) -> tuple:
-    """Of a format of llama.cpp: gguf's number for it, and the weights and bytes of a block. Raises SliceGPTError."""
-    gguf = slicegpt.optional("gguf")
-    with slicegpt.failing(f"cannot round the weights to {format}"):
-        number = gguf.GGMLQuantizationType[format]
-        block, size = gguf.GGML_QUANT_SIZES[number]
-        gguf.quants.quantize(torch.zeros(1, block).numpy(), number)  # gguf can read more formats than it can write
-        return number, block, size
-
-
 @torch.no_grad()
 def rounded(model, format: str) -> tuple:
     """A copy of a model with its matrices as a format of llama.cpp keeps them, and the share of the bytes that takes.
 
     (The norms' scales, which are not rounded, are counted as if they were.) Raises SliceGPTError.
     """
-    number, block, size = gguf_format(format)
-    quants = slicegpt.optional("gguf.quants")
+    gguf = slicegpt.optional("gguf")
     model = copy.deepcopy(model)
-    for W in model.parameters():
-        if W.dim() > 1:
-            stored = quants.quantize(W.float().cpu().numpy(), number)
-            W.copy_(torch.from_numpy(quants.dequantize(stored, number)))
-    return model, size / block / model.dtype.itemsize
+    with slicegpt.failing(f"cannot round the weights to {format}", "for Q8_0 and Q4_0, --round-to "
+                          "and the model's widths must be multiples of 32"):
+        number = gguf.GGMLQuantizationType[format]
+        weights_of_a_block, bytes_of_a_block = gguf.GGML_QUANT_SIZES[number]
+        for W in model.parameters():
+            if W.dim() > 1:
+                stored = gguf.quants.quantize(W.float().cpu().numpy(), number)
+                W.copy_(torch.from_numpy(gguf.quants.dequantize(stored, number)))
+    return model, bytes_of_a_block / weights_of_a_block / W.itemsize
 
 
 @torch.no_grad()
@@ -683,13 +651,13 @@ def spectrum(args, rows):
 
     Printed is how many directions it takes to have 90% of their sum, the variance, and so on; --json has them all.
     """
-    real = read_model(args, args.model)
-    slicegpt.fuse(real.model)
-    parts = slicegpt.architecture(real.model.config)
-    norm = real.model.get_submodule(parts.norm)  # fused, all norms are alike
-    for stage, X in slicegpt.signals(real.model, real.calibration, **real.layerwise):
+    model, inputs, layerwise = read_model(args)
+    slicegpt.fuse(model)
+    parts = slicegpt.architecture(model.config)
+    norm = model.get_submodule(parts.norm)  # fused, all norms are alike
+    for stage, X in slicegpt.signals(model, inputs.calibration, **layerwise):
         if stage is not None and parts.ffn in stage.blocks:
-            C = slicegpt.covariance_of(X, norm, stage, **real.layerwise)
+            C = slicegpt.covariance_of(X, norm, stage, **layerwise)
             eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
             directions = {f"{kept:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - kept, round_to=1)
                           for kept in (0.9, 0.99, 0.999)}
@@ -698,8 +666,8 @@ def spectrum(args, rows):
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", ["component"], "eigenvalue / largest", y_scale="log")
-    return (f"{args.model}, inputs of the FFN, {real.calibrated}: of {real.model.config.hidden_size} dimensions, how "
-            "many have that share of the variance")
+    return (f"{args.model}, inputs of the FFN, {size_of(inputs.calibration, args.calibration)}: of "
+            f"{model.config.hidden_size} dimensions, how many have that share of the variance")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -715,15 +683,10 @@ def add_option(add, option: inspect.Parameter):
     kind = type(option.default)
     if several:
         kind = type(option.default[0]) if option.default else option.annotation.__args__[0]
-    how = {"default": option.default, "help": f"default: {option.default}"}
-    if kind is bool:
-        how["action"] = "store_true"
-    else:
-        least = 1 if kind is int and option.name not in MAY_BE_0 else 0
-        how["type"] = kind if kind is str else slicegpt.bounded(kind, least)
-        how["nargs"] = "+" if several else None
-        how["choices"] = SHAPES if "shape" in option.name else None
-    add("--" + option.name.replace("_", "-"), **how)
+    how = {"action": "store_true"} if kind is bool else {
+        "type": kind if kind is str else slicegpt.bounded(kind, int(kind is int and option.name not in MAY_BE_0)),
+        "nargs": "+" if several else None, "choices": SHAPES if "shape" in option.name else None}
+    add("--" + option.name.replace("_", "-"), default=option.default, help=f"default: {option.default}", **how)
 
 
 def main(argv=None) -> int:
@@ -753,12 +716,12 @@ def main(argv=None) -> int:
 
 def run(args):
     """Checks what needs no work, works, and shows the rows, even if something ends the work early."""
-    if args.json:
-        with slicegpt.failing(f"cannot write {args.json}"):
-            open(args.json, "a").close()
+    for path in filter(None, (args.json, args.plot)):
+        with slicegpt.failing(f"cannot write {path}"):
+            open(path, "a").close()
     if args.plot:
-        with slicegpt.failing(f"cannot draw {args.plot}"):  # its name may end in what is no picture, too
-            slicegpt.optional("matplotlib.figure").Figure().savefig(args.plot)
+        with slicegpt.failing(f"cannot draw {args.plot}"):  # if its name does not end as a picture's
+            slicegpt.optional("matplotlib.figure").Figure().savefig(io.BytesIO(), format=args.plot.suffix[1:])
     if args.command in SPEED:
         args.device = slicegpt.find_device(args.device)
         args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
