@@ -157,13 +157,13 @@ def show(args, title: str, rows: list[dict]):
             return f"{value:.0%}" if key == "bandwidth" else f"{value:.3f}"
         return f"{value:,d}" if isinstance(value, int) else value
 
-    name, *keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "eigenvalues"]
+    first, *keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "eigenvalues"]
     table = [["", *(HEADINGS.get(key, key) for key in keys)]]
-    table += [[row[name], *(text(key, row.get(key)) for key in keys)] for row in rows]
+    table += [[row[first], *(text(key, row.get(key)) for key in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     print(title)
-    for label, *figures in table:
-        print(f"{label:{widths[0]}}", *(f"{figure:>{width}}" for figure, width in zip(figures, widths[1:])), sep="  ")
+    for name, *cells in table:
+        print(f"{name:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])), sep="  ")
     print(flush=True)
     if args.json:
         with slicegpt.failing(f"cannot write {args.json}"):
@@ -313,7 +313,7 @@ def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repe
     for tokens in batch_sizes:
         products = {}  # name: {kind: function}
         for before, after in zip(stages(dense), stages(sliced)):
-            for path in [path for block in before.blocks for path in (*block.W_in.split(), block.W_out)]:
+            for path in [path for block in before.blocks for path in f"{block.W_in} {block.W_out}".split()]:
                 linear, narrow = (stage.layer.get_submodule(path) for stage in (before, after))
                 x, x_sliced = (random(tokens, module.in_features) for module in (linear, narrow))
                 products[path] = {"dense": partial(linear, x), "sliced": partial(narrow, x_sliced)}
@@ -353,12 +353,12 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
         for batch in tokens.split(batch_size):
             network(batch.to(args.device), use_cache=False)
 
-    def one_round(shape, tokens, learned) -> dict:
+    def one_round(shape, tokens, tokens_of_rft) -> dict:
         model = build(shape, None, layers, args.dtype, args.device)
         works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
                  "slicing": partial(slice_model, model, tokens, sparsity, batch_size=batch_size)}
         if finetune:  # with gradients, which `in_turns` disables
-            works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, model, learned))
+            works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, model, tokens_of_rft))
         costs = {}
         for name, work in works.items():
             if args.device.type == "cuda":
@@ -370,52 +370,17 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
         return costs | {"ratio": costs["slicing"] / costs["forward"]}
 
     for shape, count in itertools.product(shapes, samples):
-        tokens, learned = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
-        rounds = [one_round(shape, tokens, learned) for _ in range(1 + repeat)][1:]
+        tokens, tokens_of_rft = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
+        rounds = [one_round(shape, tokens, tokens_of_rft) for _ in range(1 + repeat)][1:]
         size = parameters(build(shape, None, layers, args.dtype, "meta"))
         rows.append({"shape": shape, "samples": count, "tokens": tokens.numel(), "parameters": size}
-                    | {key: median(figures[key] for figures in rounds) for key in rounds[0]})
+                    | {key: median(costs[key] for costs in rounds) for key in rounds[0]})
     draw(args, rows, "shape", ["tokens"], "slicing", "log", "log")
     return (f"{args.dtype}, {args.device}, {layers or 'all'} layers: seconds, and GB at the peak, the medians "
             f"of {repeat}; sparsity {sparsity:.0%}, RFT by {finetune} sequences")
 
 
 # ---- Quality --------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
-    """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
-
-    Layer by layer, each on the signal of those that are pruned already; embedding and head are not, as in the paper.
-    Arguments as in `slice_model`. Raises SliceGPTError for experts, or a matrix whose inputs do not come in fours.
-    """
-    if experts(model):
-        raise SliceGPTError("SparseGPT prunes no experts here")
-    device = model.device if device is None else torch.device(device)
-    parts = slicegpt.architecture(model.config)
-    zeros = 0
-    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
-        if stage is None or parts.attention not in stage.blocks:
-            continue  # an FFN is pruned with the attention of its layer, by what it reads before that is pruned
-        linears = [linear for block in (parts.attention, parts.ffn)
-                   for linear in slicegpt.submodules(stage.layer, f"{block.W_in} {block.W_out}")]
-        H = dict.fromkeys(linears, 0)
-
-        def observe(linear, inputs):
-            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
-
-        hooks = [linear.register_forward_pre_hook(observe) for linear in linears]
-        for x in X.split(batch_size):
-            stage.layer(x.to(device), *stage.args, **stage.kwargs)
-        for hook in hooks:
-            hook.remove()
-        for linear in linears:
-            W = prune(slicegpt.matrix(linear), H.pop(linear))
-            slicegpt.set_matrix(linear, W)  # the bias stays
-            zeros += W.numel() // 2
-        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
-    return zeros
-
 
 def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
     """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
@@ -443,6 +408,41 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
             W[j + 1:end] -= U[j, j + 1:end, None] * errors[j - start]
         W[end:] -= U[start:end, end:].T @ errors
     return W
+
+
+@torch.no_grad()
+def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
+    """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
+
+    Layer by layer, each on the signal of those that are pruned already; embedding and head are not, as in the paper.
+    Arguments as in `slice_model`. Raises SliceGPTError for experts, or a matrix whose inputs do not come in fours.
+    """
+    if experts(model):
+        raise SliceGPTError("SparseGPT prunes no experts here")
+    device = model.device if device is None else torch.device(device)
+    parts = slicegpt.architecture(model.config)
+    zeros = 0
+    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
+        if stage is None or parts.attention not in stage.blocks:
+            continue  # the FFN is pruned with its layer's attention, by what both read before either is pruned
+        linears = [linear for block in (parts.attention, parts.ffn)
+                   for linear in slicegpt.submodules(stage.layer, f"{block.W_in} {block.W_out}")]
+        H = dict.fromkeys(linears, 0)
+
+        def observe(linear, inputs):
+            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
+
+        hooks = [linear.register_forward_pre_hook(observe) for linear in linears]
+        for x in X.split(batch_size):
+            stage.layer(x.to(device), *stage.args, **stage.kwargs)
+        for hook in hooks:
+            hook.remove()
+        for linear in linears:
+            W = prune(slicegpt.matrix(linear), H.pop(linear))
+            slicegpt.set_matrix(linear, W)  # the bias stays
+            zeros += W.numel() // 2
+        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
+    return zeros
 
 
 def read_model(args, may_be_sliced: bool = False) -> tuple:
@@ -476,8 +476,8 @@ def table1(args, rows, models: Sequence[str] = (), round_to=8):
     names = models or [args.model]
     if len({Path(name).name for name in names}) < len(names):
         raise SliceGPTError("--models must end in different names, which are the columns'")
-    methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {s:.0%}": s for s in (0.1, 0.2, 0.25, 0.3)}
-    rows += [{"method": method} for method in methods]  # to which each model adds columns
+    sparsities = {f"SliceGPT {sparsity:.0%}": sparsity for sparsity in (0.1, 0.2, 0.25, 0.3)}
+    rows += [{"method": method} for method in ("dense", "SparseGPT 2:4", *sparsities)]  # each model adds columns to them
     titles = []
     points = []  # for --plot
     for name in names:
@@ -487,16 +487,17 @@ def table1(args, rows, models: Sequence[str] = (), round_to=8):
         titles.append(f"{label}: perplexity on {size_of(inputs.evaluation, asked.eval)}, "
                       f"calibrated on {size_of(inputs.calibration, asked.calibration)}")
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
-        for row, sparsity, published in zip(rows, methods.values(), paper):
+        for row, published in zip(rows, paper):
             network = copy.deepcopy(model)
-            if sparsity is None:
+            sparsity = sparsities.get(row["method"], 0)
+            if row["method"] == "SparseGPT 2:4":
                 sparsegpt(network, inputs.calibration, **layerwise)
-            elif sparsity > 0:
+            elif sparsity:
                 slice_model(network, inputs.calibration, sparsity, round_to=round_to, **layerwise)
             with slicegpt.placed(network, inputs.device):
                 row[label] = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
             row[f"{label} in the paper"] = published
-            if sparsity is not None:
+            if row["method"] != "SparseGPT 2:4":
                 points.append({"model": label, "%": 100 * sparsity, "perplexity": row[label]})
     draw(args, points, "model", ["%"], "perplexity", y_scale="log")
     return "\n".join(titles)
@@ -537,53 +538,6 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
             row |= {network: found[f"{row['metric']},none"], f"{network}_error": None if error == "N/A" else error}
     rows.append({"task": "average"} | {network: sum(row[network] for row in rows) / len(rows) for network in networks})
     return f"{title}: accuracy and its standard error"
-
-
-def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: Sequence[float] = (), round_to=8, learn=0, eval_also="",
-            formats: Sequence[str] = ()):
-    """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
-
-    --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
-    or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to;
-    before that, sliced networks, but not the dense one, have been turned at random, which makes rounding cost less.
-    dimension: the first signal's. GB/token: the weights that a token reads. In each of up to 50 rounds every network
-    decodes a token: ms/token is the median of its times, of dense time that of their ratios to the dense network's.
-    For this, all networks are in memory at once.
-    """
-    def check_formats(lengths):  # raises for rows of a length that a format does not have
-        for format, length in itertools.product(formats, lengths):
-            rounded(nn.Embedding.from_pretrained(torch.zeros(1, length)), format)
-
-    check_formats([round_to])  # before the model is read
-    model, inputs, layerwise = read_model(args)
-    check_formats({W.shape[-1] for W in model.parameters() if W.dim() > 1})
-    texts = {"perplexity": inputs.evaluation}
-    samples, seqlen = inputs.evaluation.shape
-    if eval_also:
-        text = slicegpt.read_text(eval_also, evaluation=True)
-        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(inputs.tokenizer, text, seqlen, samples)
-    model.to(inputs.device)
-    networks = by_every_method(model, inputs.calibration, layerwise, sparsities, params, round_to, learn, args.seed)
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=inputs.device)
-    rounds = max(1, min(50, seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
-    seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, inputs.device, "decoding")
-    for (method, network, zeros), times in zip(networks, seconds):
-        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
-        row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
-               "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
-        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * times.quantile(0.5).item(),
-                "time": (times / seconds[0]).quantile(0.5).item()}
-        rows.append(row)  # already, so that it is shown if something ends the rest
-        row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
-        for format in formats if not zeros else ():
-            stored, smaller = rounded(network, format)
-            row[f"{format} GB/token"] = smaller * row["gigabytes"]
-            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
-    draw(args, rows, "method", ["parameters", "time"], "perplexity", y_scale="log")
-    return (f"{args.model}: {size_of(inputs.evaluation, args.eval)}, calibrated on "
-            f"{size_of(inputs.calibration, args.calibration)}; one token on {inputs.device}, batch 1.\n"
-            "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products"
-            + "\nFormats: sliced networks, but not the dense one, are turned at random before rounding" * bool(formats))
 
 
 def by_every_method(model, calibration, layerwise, sparsities, params, round_to, learn, seed) -> list[tuple]:
@@ -645,6 +599,53 @@ def rounded(model, format: str) -> tuple:
     return model, bytes_of_a_block / weights_of_a_block / W.itemsize
 
 
+def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: Sequence[float] = (), round_to=8, learn=0, eval_also="",
+            formats: Sequence[str] = ()):
+    """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
+
+    --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
+    or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to;
+    before that, sliced networks, but not the dense one, have been turned at random, which makes rounding cost less.
+    dimension: the first signal's. GB/token: the weights that a token reads. In each of up to 50 rounds every network
+    decodes a token: ms/token is the median of its times, of dense time that of their ratios to the dense network's.
+    For this, all networks are in memory at once.
+    """
+    def check_formats(lengths):  # raises for rows of a length that a format does not have
+        for format, length in itertools.product(formats, lengths):
+            rounded(nn.Embedding.from_pretrained(torch.zeros(1, length)), format)
+
+    check_formats([round_to])  # before the model is read
+    model, inputs, layerwise = read_model(args)
+    check_formats({W.shape[-1] for W in model.parameters() if W.dim() > 1})
+    texts = {"perplexity": inputs.evaluation}
+    samples, seqlen = inputs.evaluation.shape
+    if eval_also:
+        text = slicegpt.read_text(eval_also, evaluation=True)
+        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(inputs.tokenizer, text, seqlen, samples)
+    model.to(inputs.device)
+    networks = by_every_method(model, inputs.calibration, layerwise, sparsities, params, round_to, learn, args.seed)
+    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=inputs.device)
+    rounds = max(1, min(50, seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
+    seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, inputs.device, "decoding")
+    for (method, network, zeros), times in zip(networks, seconds):
+        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
+        row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
+               "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
+        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * times.quantile(0.5).item(),
+                "time": (times / seconds[0]).quantile(0.5).item()}
+        rows.append(row)  # already, so that it is shown if something ends the rest
+        row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
+        for format in formats if not zeros else ():
+            stored, smaller = rounded(network, format)
+            row[f"{format} GB/token"] = smaller * row["gigabytes"]
+            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
+    draw(args, rows, "method", ["parameters", "time"], "perplexity", y_scale="log")
+    return (f"{args.model}: {size_of(inputs.evaluation, args.eval)}, calibrated on "
+            f"{size_of(inputs.calibration, args.calibration)}; one token on {inputs.device}, batch 1.\n"
+            "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products"
+            + "\nFormats: sliced networks, but not the dense one, are turned at random before rounding" * bool(formats))
+
+
 @torch.no_grad()
 def spectrum(args, rows):
     """Figure 8: the eigenvalues of the FFN's inputs, in each layer of the dense network, relative to the largest.
@@ -689,31 +690,6 @@ def add_option(add, option: inspect.Parameter):
     add("--" + option.name.replace("_", "-"), default=option.default, help=f"default: {option.default}", **how)
 
 
-def main(argv=None) -> int:
-    """The exit code, see `slicegpt.exit_code`."""
-    parser = argparse.ArgumentParser("bench.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
-    for command in SPEED + REAL:
-        add_command = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
-        add = add_command.add_argument
-        _, _, *options = inspect.signature(command).parameters.values()
-        add_command.set_defaults(command=command, options=[option.name for option in options], plot=None)
-        if command in REAL:
-            slicegpt.add_inputs(add)
-        else:
-            add("--device", help="default: cuda if there is one, else cpu")
-            add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-        for option in options:
-            add_option(add, option)
-        add("--json", type=Path, metavar="FILE", help="write the figures here")
-        if command not in (ops, tasks):
-            add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv or ["latency"])
-    return slicegpt.exit_code("bench", lambda: run(args))
-
-
 def run(args):
     """Checks what needs no work, works, and shows the rows, even if something ends the work early."""
     for path in filter(None, (args.json, args.plot)):
@@ -733,6 +709,31 @@ def run(args):
     finally:
         if rows:
             show(args, title, rows)
+
+
+def main(argv=None) -> int:
+    """The exit code, see `slicegpt.exit_code`."""
+    parser = argparse.ArgumentParser("bench.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
+    for command in SPEED + REAL:
+        subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
+        add = subparser.add_argument
+        _, _, *options = inspect.signature(command).parameters.values()  # behind args and rows
+        subparser.set_defaults(command=command, options=[option.name for option in options], plot=None)
+        if command in REAL:
+            slicegpt.add_inputs(add)
+        else:
+            add("--device", help="default: cuda if there is one, else cpu")
+            add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
+        for option in options:
+            add_option(add, option)
+        add("--json", type=Path, metavar="FILE", help="write the figures here")
+        if command not in (ops, tasks):
+            add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv or ["latency"])
+    return slicegpt.exit_code("bench", lambda: run(args))
 
 
 if __name__ == "__main__":
