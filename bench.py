@@ -9,11 +9,11 @@
     python bench.py quality --plot quality.png   # perplexity against parameters and time, for all ways to slice
     python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 
-(Figure 6, what RFT recovers, is `slicegpt.py --finetune`.) The first four download nothing: speed does not depend on
+Figure 6, the quality after RFT, is `slicegpt.py --finetune`. The first four download nothing: speed does not depend on
 the weights' values, so networks of published shapes get random ones. The others take a real model, and the options of
 slicegpt.py for it and for the texts. All take --json FILE and, but for ops and tasks, --plot FILE.png (needs
-matplotlib). Whatever is timed comes up once in each of several rounds, with the device synchronised before and after;
-the first rounds are a warm-up, and a time is the median of the others, unless it is called a percentile.
+matplotlib). What is compared by time is timed once in each of several rounds, with the device synchronised before and
+after. The first rounds are a warm-up; a time is the median of the others, unless it is called a percentile.
 
 A command is a function of its name, with its own options as parameters behind `args`, which has the shared ones, and
 `rows`. It appends the rows of a table to these and returns a title; whatever ends it, `main` prints the rows so far.
@@ -106,7 +106,7 @@ WARM_UP = 4  # rounds
 
 @torch.no_grad()
 def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
-    """Calls every one of these functions once in each round: seconds (works, rounds), without those of the warm-up.
+    """Seconds (works, rounds) of functions, each of which is called once in every round, after the rounds of a warm-up.
 
     So what disturbs the machine falls on all alike. The order is random, as each may suffer from the one before it.
     """
@@ -124,13 +124,15 @@ def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_U
 
 @torch.no_grad()
 def decoder(model, prompt: Tensor, room: int | None = None):
-    """A function that decodes one more token behind a prompt (B, N); compiled, if there is room for so many tokens."""
+    """A function whose every call decodes one more token behind a prompt (B, N); compiled, if `room` is given.
+
+    room: how many tokens its cache can take, so that all steps have the same shapes. On a GPU a step is then one graph,
+    and what is measured is the network's work, not how fast Python hands it out.
+    """
     token = prompt[:, :1].clone()  # which one it is makes no difference to the time
     if room is None:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
-    # a cache that has room for all tokens gives all steps the same shapes: on a GPU a step is then one graph, and what
-    # is measured is the network's work, not how fast Python hands it out
     past = transformers.StaticCache(model.config, max_cache_len=room)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -196,11 +198,11 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
             compile=False):
     """Table 2: the time of one token: dense, sliced by a Q per block, and, beyond the paper, by one Q shared by all.
 
-    In each of --tokens rounds, every network decodes a token, and some memory is copied. ms/token, p10, p90: median and
-    percentiles of the rounds. of dense time, its p10, its p90: likewise, of the ratios to the dense network in the same
-    round. GB/token: the weights that a token needs, and that must come from memory; of dense GB: relative to the dense
-    network's; GB held: all weights. copy GB/s: what the copy reads and writes, which is about all that memory can do;
-    of copy GB/s: the GB/token that a network reads in a second, as a share of it.
+    In each of --tokens rounds, every network decodes a token, and some memory is copied. prompt: the tokens before
+    these. ms/token, p10, p90: median and percentiles of the rounds. of dense time, its p10, its p90: likewise, of the
+    ratios to the dense network in the same round. GB/token: the weights that a token needs, and that must come from
+    memory; of dense GB: relative to the dense network's; GB held: all weights. copy GB/s: what the copy reads and
+    writes, which is about all that memory can do; of copy GB/s: what the network reads a second, as a share of that.
 
     If --layers are fewer than published, networks of so many and of half as many are measured, and each round is
     extrapolated to the published depth, and so is the noise that p10 and p90 show. Without --compile, small networks
@@ -252,8 +254,8 @@ def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, m
                tokens=16):
     """A.6: tokens/s, dense and sliced, in batches that are doubled until it drops or memory runs out.
 
-    It is the batch by the median time of a step; the --tokens steps that are timed are those in the middle of --seqlen.
-    --layers: to measure fewer than published.
+    tokens/s: the batch, divided by the median time of --tokens steps, which are those in the middle of --seqlen. note:
+    the best batch, relative to the dense network's best. --layers: to measure fewer than published.
     """
     prompt_length = (seqlen - tokens) // 2 - WARM_UP
     if prompt_length < 1:
@@ -341,10 +343,10 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
          samples=(4, 8), seqlen=512, finetune=4, repeat=1):
     """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass.
 
-    Medians of --repeat rounds, after one that warms up. Each round is about a new network: it runs on the --samples
-    (dense pass), also without its head, which slicing does not run; it is sliced by them, and then recovers (RFT: its
-    setting up, a step for every 4 sequences, merging). Behind each, its GB: the most memory that was in use meanwhile.
-    slicing/pass: the ratio of these two. --layers: to measure fewer than published.
+    Medians of --repeat rounds, after one that warms up. Each round has a new network. It runs on the --samples (dense
+    pass), and again without head, as slicing does not need one; it is sliced by them; then RFT trains it (setting up, a
+    step for every 4 sequences, and merging). its GB: the most memory that was in use during what stands before it.
+    slicing/pass: slicing, divided by the dense pass. --layers: to measure fewer than published.
     """
     if finetune:
         slicegpt.optional("peft")  # raises, before the work, if it is not there
@@ -472,12 +474,12 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 
 
 def table1(args, rows, models: Sequence[str] = (), round_to=8):
-    """Table 1: perplexity of all --models (or --model), and the paper's of those that are named like one of its own."""
+    """Table 1: perplexity of --models (or --model), and in the paper, if a directory is named like one of its models."""
     names = models or [args.model]
     if len({Path(name).name for name in names}) < len(names):
         raise SliceGPTError("--models must end in different names, which are the columns'")
     sparsities = {f"SliceGPT {sparsity:.0%}": sparsity for sparsity in (0.1, 0.2, 0.25, 0.3)}
-    rows += [{"method": method} for method in ("dense", "SparseGPT 2:4", *sparsities)]  # each model adds columns to them
+    rows += [{"method": method} for method in ("dense", "SparseGPT 2:4", *sparsities)]  # a model adds columns to all
     titles = []
     points = []  # for --plot
     for name in names:
@@ -603,12 +605,14 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: Sequence[float] = ()
             formats: Sequence[str] = ()):
     """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
 
-    --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
-    or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to;
-    before that, sliced networks, but not the dense one, have been turned at random, which makes rounding cost less.
-    dimension: the first signal's. GB/token: the weights that a token reads. In each of up to 50 rounds every network
-    decodes a token: ms/token is the median of its times, of dense time that of their ratios to the dense network's.
-    For this, all networks are in memory at once.
+    method: block is the paper's; shared, one Q for all blocks, learned by --learn steps (0: not at all); tied, with one
+    matrix for embedding and head. --sparsities are the sizes, or --params for the shared ones, as shares of the dense
+    parameters. --eval-also: a second text. --formats: those of llama.cpp, such as Q8_0, that matrices are rounded to;
+    before that, sliced networks, but not the dense one, have been turned at random, so that rounding costs less.
+
+    dimension: the signal's width. GB/token: the weights that a token reads. In each of up to 50 rounds every network
+    decodes a token, so all are in memory at once; ms/token is the median, of dense time that of the ratios to the dense
+    network in the same round.
     """
     def check_formats(lengths):  # raises for rows of a length that a format does not have
         for format, length in itertools.product(formats, lengths):
