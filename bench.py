@@ -204,9 +204,9 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
     memory; of dense GB: relative to the dense network's; GB held: all weights. copy GB/s: what the copy reads and
     writes, which is about all that memory can do; of copy GB/s: what the network reads a second, as a share of that.
 
-    If --layers are fewer than published, networks of so many and of half as many are measured, and each round is
-    extrapolated to the published depth, and so is the noise that p10 and p90 show. Without --compile, small networks
-    and batches on a GPU measure how fast Python hands out the work.
+    If --layers are fewer than published, networks of so many and of half as many are measured, and the medians are
+    extrapolated to the published depth; p10 and p90 are then the same. Without --compile, small networks and batches
+    on a GPU measure how fast Python hands out the work.
     """
     published = SHAPES[shape][1]["num_hidden_layers"]
     depths = [layers // 2, layers] if 0 < layers < published else [published]
@@ -236,7 +236,10 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
         works = [*(decoder(model, prompt, room) for model in models), lambda: target.copy_(source)]
         of_works = in_turns(works, tokens, args.device, "decoding")
         copied = 2 * source.nbytes / of_works[-1].quantile(0.5).item()
-        seconds = at_published_depth(of_works[:-1])
+        of_models = of_works[:-1]
+        if len(depths) > 1:  # of each round, it would be the noise that is extrapolated
+            of_models = of_models.quantile(0.5, dim=1, keepdim=True)
+        seconds = at_published_depth(of_models)
         for name, times, (read, held) in zip(networks, seconds, sizes):
             ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
             ratio, ratio_p10, ratio_p90 = (times / seconds[0]).quantile(percentiles).tolist()
@@ -474,7 +477,7 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 
 
 def table1(args, rows, models: Sequence[str] = (), round_to=8):
-    """Table 1: perplexity of --models (or --model), and in the paper, if a directory is named like one of its models."""
+    """Table 1: perplexity of --models (or --model), and in the paper, if a directory is named like a model of its."""
     names = models or [args.model]
     if len({Path(name).name for name in names}) < len(names):
         raise SliceGPTError("--models must end in different names, which are the columns'")
