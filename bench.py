@@ -3,7 +3,7 @@
     python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (what a bare bench.py does)
     python bench.py throughput --shape opt-125m  # A.6: tokens per second, in batches as large as pays
     python bench.py ops --shape opt-6.7b         # A.7: the time of every matrix product of a layer
-    python bench.py cost                         # Table 3: the time and memory of slicing and of RFT
+    python bench.py cost                         # Table 3: the time and memory of slicing, and of RFT (needs peft)
     python bench.py table1 --models DIR DIR      # Table 1: perplexity, dense, SparseGPT 2:4, SliceGPT
     python bench.py tasks --model DIR            # Figure 5: zero-shot accuracy, dense and sliced
     python bench.py quality --plot quality.png   # perplexity against parameters and time, for all ways to slice
@@ -352,7 +352,7 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
     slicing/pass: slicing, divided by the dense pass. --layers: to measure fewer than published.
     """
     if finetune:
-        slicegpt.optional("peft")  # raises, before the work, if it is not there
+        slicegpt.optional("peft")  # raises, before the work, if it is not there; --finetune 0 does without
 
     def forward(network, tokens):
         for batch in tokens.split(batch_size):
