@@ -72,7 +72,7 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
 
 
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A network of a published shape, of so many layers (0: all): dense (sparsity None), or sliced, by Qs or one Q."""
+    """A network of a published shape, of so many layers (0: all): dense (sparsity None), or sliced; by one Q if shared."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     with torch.device(device):
@@ -305,6 +305,7 @@ def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repe
     reasons = []  # why there is no 2:4 product
 
     def sparse_product(linear, x) -> dict:
+        """{"sparse": a function}; nothing, and one more of the reasons, where torch cannot do it."""
         try:
             mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
             W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
@@ -691,8 +692,9 @@ def add_option(add, option: inspect.Parameter):
     kind = type(option.default)
     if several:
         kind = type(option.default[0]) if option.default else option.annotation.__args__[0]
+    least = 0 if kind is float or option.name in MAY_BE_0 else 1
     how = {"action": "store_true"} if kind is bool else {
-        "type": kind if kind is str else slicegpt.bounded(kind, int(kind is int and option.name not in MAY_BE_0)),
+        "type": kind if kind is str else slicegpt.bounded(kind, least),
         "nargs": "+" if several else None, "choices": SHAPES if "shape" in option.name else None}
     add("--" + option.name.replace("_", "-"), default=option.default, help=f"default: {option.default}", **how)
 
