@@ -72,7 +72,7 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
 
 
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A network of a published shape, of so many layers (0: all): dense (sparsity None), or sliced (by one Q: shared)."""
+    """A network of a published shape, with `layers` (0: all): dense (sparsity None), or sliced (shared: by one Q)."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     with torch.device(device):
