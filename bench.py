@@ -1,18 +1,19 @@
-"""Every claim of the paper's section 4 about speed, cost and quality, as a command; and SparseGPT 2:4 beside it.
+"""Measures what the paper says of speed, cost and quality (section 4, A.4, A.6, A.7); and SparseGPT 2:4 beside it.
 
     python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (what a bare bench.py does)
     python bench.py throughput --shape opt-125m  # A.6: tokens per second, in batches as large as pays
     python bench.py ops --shape opt-6.7b         # A.7: the time of every matrix product of a layer
-    python bench.py cost                         # Table 3: the time and memory of slicing and of RFT
+    python bench.py cost                         # Table 3: the time and memory of slicing, and of RFT (needs peft)
     python bench.py table1 --models DIR DIR      # Table 1: perplexity, dense, SparseGPT 2:4, SliceGPT
     python bench.py tasks --model DIR            # Figure 5: zero-shot accuracy, dense and sliced
     python bench.py quality --plot quality.png   # perplexity against parameters and time, for all ways to slice
     python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 
-The first four download nothing: speed does not depend on the weights' values, so networks of published shapes get
-random ones. The others take a real model, and the options of slicegpt.py for it and for the texts. All take --json FILE
-and, but for ops and tasks, --plot FILE.png (needs matplotlib). What is timed takes turns, after a warm-up, with the
-device synchronised around every measurement; unless it is called a percentile, a time is the median.
+Figure 6, the quality after RFT, is `slicegpt.py --finetune`. The first four download nothing: speed does not depend on
+the weights' values, so networks of published shapes get random ones. The others take a real model, and the options of
+slicegpt.py for it and for the texts. All take --json FILE and, but for ops and tasks, --plot FILE.png (needs
+matplotlib). What is compared by time is timed once in each of several rounds, with the device synchronised before and
+after. The first rounds are a warm-up; a time is the median of the others, unless it is called a percentile.
 
 A command is a function of its name, with its own options as parameters behind `args`, which has the shared ones, and
 `rows`. It appends the rows of a table to these and returns a title; whatever ends it, `main` prints the rows so far.
@@ -20,15 +21,15 @@ A command is a function of its name, with its own options as parameters behind `
 import argparse
 import contextlib
 import copy
-import difflib
-import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -43,14 +44,15 @@ from slicegpt import SliceGPTError, parameters, slice_model, sliced_dimension, s
 
 # ---- Networks of published shapes, with random weights --------------------------------------------------------------
 
-def opt(D, layers, heads):
-    return "opt", {"hidden_size": D, "word_embed_proj_dim": D, "ffn_dim": 4 * D, "num_hidden_layers": layers,
-                   "num_attention_heads": heads, "vocab_size": 50272, "max_position_embeddings": 2048}
+def opt(width, layers, heads):
+    return "opt", {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width,
+                   "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": 50272,
+                   "max_position_embeddings": 2048}
 
 
-def llama(D, layers, heads, groups, ffn, vocabulary=32000, family="llama", **more):
-    return family, {"hidden_size": D, "num_hidden_layers": layers, "num_attention_heads": heads,
-                    "num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocabulary,
+def llama_like(width, layers, heads, kv_heads, ffn, vocabulary=32000, family="llama", **more):
+    return family, {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+                    "num_key_value_heads": kv_heads, "intermediate_size": ffn, "vocab_size": vocabulary,
                     "tie_word_embeddings": False, "max_position_embeddings": 4096} | more
 
 
@@ -58,26 +60,27 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
     "opt-125m": opt(768, 12, 12), "opt-350m-like": opt(1024, 24, 16), "opt-1.3b": opt(2048, 24, 32),
     "opt-2.7b": opt(2560, 32, 32), "opt-6.7b": opt(4096, 32, 32), "opt-13b": opt(5120, 40, 40),
     "opt-30b": opt(7168, 48, 56), "opt-66b": opt(9216, 64, 72),
-    "smollm2-135m": llama(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True),
-    "llama-2-7b": llama(4096, 32, 32, 32, 11008), "llama-2-13b": llama(5120, 40, 40, 40, 13824),
-    "llama-2-70b": llama(8192, 80, 64, 8, 28672),
-    "mixtral-8x7b": llama(4096, 32, 32, 8, 14336, family="mixtral", num_local_experts=8, num_experts_per_tok=2),
-    "qwen3-30b-a3b": llama(2048, 48, 32, 4, 6144, 151936, family="qwen3_moe", head_dim=128, num_experts=128,
-                           num_experts_per_tok=8, moe_intermediate_size=768),
-    "gpt-oss-20b": llama(2880, 24, 64, 8, 2880, 201088, family="gpt_oss", head_dim=64, num_local_experts=32,
-                         num_experts_per_tok=4),
+    "smollm2-135m": llama_like(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True),
+    "llama-2-7b": llama_like(4096, 32, 32, 32, 11008), "llama-2-13b": llama_like(5120, 40, 40, 40, 13824),
+    "llama-2-70b": llama_like(8192, 80, 64, 8, 28672),
+    "mixtral-8x7b": llama_like(4096, 32, 32, 8, 14336, family="mixtral", num_local_experts=8, num_experts_per_tok=2),
+    "qwen3-30b-a3b": llama_like(2048, 48, 32, 4, 6144, 151936, family="qwen3_moe", head_dim=128, num_experts=128,
+                                num_experts_per_tok=8, moe_intermediate_size=768),
+    "gpt-oss-20b": llama_like(2880, 24, 64, 8, 2880, 201088, family="gpt_oss", head_dim=64, num_local_experts=32,
+                              num_experts_per_tok=4),
 }  # the real OPT-350M has its norms behind the blocks, and cannot be sliced
 
 
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A network of a published shape, of so many layers (0: all), dense, sliced by a Q per block, or a shared one."""
+    """A network of a published shape, with `layers` (0: all): dense (sparsity None), or sliced (shared: by one Q)."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     with torch.device(device):
         if sparsity is None:
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         d = sliced_dimension(config.hidden_size, sparsity)
-        config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
+        signals = 1 + 2 * config.num_hidden_layers  # no shape here has parallel blocks
+        config.slicegpt = {"dimensions": [d] * signals, "shortcuts": not shared}
         base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return slicegpt.standard(slicegpt.sliced_class(base)._from_config(config, dtype=dtype))[0].eval()
 
@@ -103,54 +106,66 @@ WARM_UP = 4  # rounds
 
 @torch.no_grad()
 def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
-    """Seconds (works, rounds), after a warm-up. A round calls each once, so that disturbances fall on all alike."""
+    """Seconds (works, rounds) of functions, each of which is called once in every round, after the rounds of a warm-up.
+
+    So what disturbs the machine falls on all alike. The order is random, as each may suffer from the one before it.
+    """
     synchronize = torch.get_device_module(device).synchronize
     seconds = torch.zeros(len(works), warm_up + rounds, dtype=torch.float64)
     for number in slicegpt.progress(range(warm_up + rounds), label, unit="round"):
-        for i, work in enumerate(works):
+        for i in torch.randperm(len(works)).tolist():
             synchronize()
             start = time.perf_counter()
-            work()
+            works[i]()
             synchronize()
             seconds[i, number] = time.perf_counter() - start
     return seconds[:, warm_up:]
 
 
 @torch.no_grad()
-def decoder(model, prompt: Tensor, static: int | None = None):
-    """A function that decodes one more token behind a prompt (B, N); compiled, for `static` tokens at most."""
-    token = prompt[:, :1].clone()
-    if static is None:
+def decoder(model, prompt: Tensor, room: int | None = None):
+    """A function whose every call decodes one more token behind a prompt (B, N); compiled, if `room` is given.
+
+    room: how many tokens its cache can take, so that all steps have the same shapes. On a GPU a step is then one graph,
+    and what is measured is the network's work, not how fast Python hands it out.
+    """
+    token = prompt[:, :1].clone()  # which one it is makes no difference to the time
+    if room is None:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
-    # with room for all tokens, all steps have the same shapes: on a GPU a step is then one graph, and what is measured
-    # is the network's work, not how fast Python hands it out
-    past = transformers.StaticCache(model.config, max_cache_len=static)
+    past = transformers.StaticCache(model.config, max_cache_len=room)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
     positions = torch.full((len(prompt), 1), prompt.shape[1] - 1, device=prompt.device)
-    mask = torch.ones(len(prompt), static, dtype=torch.int64, device=prompt.device)
+    mask = torch.ones(len(prompt), room, dtype=torch.int64, device=prompt.device)
     return lambda: step(token, attention_mask=mask, position_ids=positions.add_(1), cache=past, use_cache=True)
+
+
+HEADINGS = {  # of the columns, where the keys of --json do not say enough
+    "ms": "ms/token", "p10": "p10 ms", "p90": "p90 ms", "time": "of dense time", "time_p10": "its p10",
+    "time_p90": "its p90", "gigabytes": "GB/token", "bytes": "of dense GB", "held": "GB held",
+    "bandwidth": "of copy GB/s", "copy_gigabytes_per_second": "copy GB/s", "speed": "tokens/s", "sparse": "2:4",
+    "sliced_time": "sliced/dense", "sparse_time": "2:4/dense", "forward": "dense pass", "forward_peak": "its GB",
+    "body": "without head", "body_peak": "its GB", "slicing_peak": "its GB", "rft": "RFT", "rft_peak": "its GB",
+    "ratio": "slicing/pass", "share": "of dense parameters"}
 
 
 def show(args, title: str, rows: list[dict]):
     """Prints the rows as a table: a name, which is under the first key, and the figures; and writes them for --json."""
-    headings = {"ms": "ms/token", "gigabytes": "GB/token", "held": "GB in all", "bandwidth": "of a copy's",
-                "speed": "tokens/s", "sparse": "2:4", "forward": "dense pass", "body": "without head"}  # else the key
-
     def text(key, value):
+        if value is None:
+            return "-"
         if isinstance(value, float):
             return f"{value:.0%}" if key == "bandwidth" else f"{value:.3f}"
-        return "-" if value is None else f"{value:,d}" if isinstance(value, int) else value
+        return f"{value:,d}" if isinstance(value, int) else value
 
-    first, *keys = dict.fromkeys(key for row in rows for key in row)
-    keys = [key for key in keys if key not in ("copy_gigabytes_per_second", "eigenvalues")]  # for --json only
-    table = [["", *(headings.get(key, key) for key in keys)]]
+    first, *keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "eigenvalues"]
+    table = [["", *(HEADINGS.get(key, key) for key in keys)]]
     table += [[row[first], *(text(key, row.get(key)) for key in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     print(title)
-    for name, *figures in table:
-        print(f"{name:{widths[0]}}", *(f"{figure:>{width}}" for figure, width in zip(figures, widths[1:])), sep="  ")
+    for name, *cells in table:
+        print(f"{name:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])), sep="  ")
     print(flush=True)
     if args.json:
         with slicegpt.failing(f"cannot write {args.json}"):
@@ -161,85 +176,106 @@ def draw(args, rows: list[dict], name: str, x_keys: list[str], y: str, x_scale="
     """--plot: the rows' y against each of x_keys, in a panel each, with a curve for all rows of one name."""
     if not args.plot:
         return
-    pyplot, names = slicegpt.optional("matplotlib.pyplot"), dict.fromkeys(row[name] for row in rows)
-    figure, axes = pyplot.subplots(1, len(x_keys), figsize=(1 + 5.5 * len(x_keys), 4.5), squeeze=False)
-    for axis, x in zip(axes[0], x_keys):
-        axis.set_prop_cycle(color=pyplot.cm.viridis(torch.linspace(0, 0.9, len(names)).numpy()))
-        for label in names:
+    names = dict.fromkeys(row[name] for row in rows)
+    plot = slicegpt.optional("matplotlib.figure").Figure(figsize=(1 + 5.5 * len(x_keys), 4.5))
+    colours = slicegpt.optional("matplotlib").colormaps["viridis"](torch.linspace(0, 0.9, len(names)).numpy())
+    panels = plot.subplots(1, len(x_keys), squeeze=False)[0]
+    for panel, x in zip(panels, x_keys):
+        for label, colour in zip(names, colours):
             points = sorted((row[x], row[y]) for row in rows if row[name] == label and row[y] is not None)
-            axis.plot(*zip(*points), marker="o" if len(points) < 20 else None, label=label)
-        axis.set(xlabel=x, ylabel=y, xscale=x_scale, yscale=y_scale)
-        axis.grid(True, which="both", alpha=0.3)
+            panel.plot(*zip(*points), color=colour, marker="o" if len(points) < 20 else None, label=label)
+        panel.set(xlabel=HEADINGS.get(x, x), ylabel=HEADINGS.get(y, y), xscale=x_scale, yscale=y_scale)
+        panel.grid(True, which="both", alpha=0.3)
     if len(names) < 12:
-        axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(args.plot)
+        panels[0].legend(fontsize="small")
+    plot.tight_layout()
+    plot.savefig(args.plot)
 
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
 
 def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1, prompt_lengths=(128, 512), tokens=50,
             compile=False):
-    """Table 2: the time of one token: dense, sliced by a Q for each block, and by one Q shared by all.
+    """Table 2: the time of one token: dense, sliced by a Q per block, and, beyond the paper, by one Q shared by all.
 
-    In each of --tokens rounds, every network decodes a token, and some memory is copied. ms/token, p10, p90: median and
-    percentiles; time, time_p10, time_p90: those of the ratio to the dense network. All weights are read for a token, so
-    memory sets the limit: `of a copy's` is GB/token divided by the time, as a share of the GB that the copy reads and
-    writes in a second. Fewer --layers than published are measured, as is half of them, and extrapolated to all.
+    In each of --tokens rounds, every network decodes a token, and some memory is copied. prompt: the tokens before
+    these. ms/token, p10, p90: median and percentiles of the rounds. of dense time, its p10, its p90: likewise, of the
+    ratios to the dense network in the same round. GB/token: the weights that a token needs, and that must come from
+    memory; of dense GB: relative to the dense network's; GB held: all weights. copy GB/s: what the copy reads and
+    writes, which is about all that memory can do; of copy GB/s: what the network reads a second, as a share of that.
+
+    If --layers are fewer than published, networks of so many and of half as many are measured, and the medians are
+    extrapolated to the published depth; p10 and p90 are then the same. Without --compile, small networks and batches
+    on a GPU measure how fast Python hands out the work.
     """
-    full = SHAPES[shape][1]["num_hidden_layers"]
-    depths = [layers // 2, layers] if layers and layers < full else [full]
+    published = SHAPES[shape][1]["num_hidden_layers"]
+    depths = [layers // 2, layers] if 0 < layers < published else [published]
     if depths[0] < 1:
         raise SliceGPTError("--layers must be 0, for all, or at least 2")
-    networks = {"dense": (None, False), f"block {sparsity:.0%}": (sparsity, False),
-                f"shared {sparsity:.0%}": (sparsity, True)}
-    models = [build(shape, share, depth, args.dtype, args.device, shared)
-              for share, shared in networks.values() for depth in depths]
+    networks = {"dense": {"sparsity": None}, f"block {sparsity:.0%}": {"sparsity": sparsity},
+                f"shared {sparsity:.0%}": {"sparsity": sparsity, "shared": True}}
+    models = [build(shape, layers=depth, dtype=args.dtype, device=args.device, **how)
+              for how in networks.values() for depth in depths]
 
-    def at_full_depth(figures: Tensor) -> Tensor:
-        """Of the models -> of the networks; each layer beyond the lesser depth adds as much."""
+    def at_published_depth(figures: Tensor) -> Tensor:
+        """A row for each model -> a row for each network, as every further layer adds the same."""
         figures = figures.unflatten(0, (len(networks), len(depths)))
-        return figures[:, 0].lerp(figures[:, -1], (full - depths[0]) / max(1, depths[-1] - depths[0]))
+        shallow, deep = figures[:, 0], figures[:, -1]  # the same, if there is one depth
+        return deep + (deep - shallow) * (published - depths[-1]) / max(1, depths[-1] - depths[0])
 
     sizes = [[weight_bytes(model), sum(weight.nbytes for weight in model.parameters())] for model in models]
-    sizes = at_full_depth(torch.tensor(sizes, dtype=torch.float64)).tolist()
+    sizes = at_published_depth(torch.tensor(sizes, dtype=torch.float64)).tolist()
     source = torch.ones(2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # more than caches hold
-    target, percentiles = torch.empty_like(source), torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    target = torch.empty_like(source)
+    percentiles = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     for length in prompt_lengths:
+        if compile:
+            torch.compiler.reset()  # torch compiles a function for a few shapes only, and then refuses
         prompt = torch.randint(10, 1000, (batch_size, length), device=args.device)
-        static = max(prompt_lengths) + tokens + WARM_UP if compile else None
-        works = [*(decoder(model, prompt, static) for model in models), lambda: target.copy_(source)]
-        seconds = in_turns(works, tokens, args.device, "decoding")
-        bandwidth, seconds = 2 * source.nbytes / median(seconds[-1].tolist()), at_full_depth(seconds[:-1])
-        for name, times, (size, held) in zip(networks, seconds, sizes):
+        room = length + WARM_UP + tokens if compile else None
+        works = [*(decoder(model, prompt, room) for model in models), lambda: target.copy_(source)]
+        of_works = in_turns(works, tokens, args.device, "decoding")
+        copied = 2 * source.nbytes / of_works[-1].quantile(0.5).item()
+        of_models = of_works[:-1]
+        if len(depths) > 1:  # of each round, it would be the noise that is extrapolated
+            of_models = of_models.quantile(0.5, dim=1, keepdim=True)
+        seconds = at_published_depth(of_models)
+        for name, times, (read, held) in zip(networks, seconds, sizes):
             ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
-            ratio, low, high = (times / seconds[0]).quantile(percentiles).tolist()
+            ratio, ratio_p10, ratio_p90 = (times / seconds[0]).quantile(percentiles).tolist()
             rows.append({"network": name, "prompt": length, "ms": ms, "p10": p10, "p90": p90, "time": ratio,
-                         "time_p10": low, "time_p90": high, "gigabytes": size / 1e9, "bytes": size / sizes[0][0],
-                         "held": held / 1e9, "bandwidth": 1e3 * size / ms / bandwidth,
-                         "copy_gigabytes_per_second": bandwidth / 1e9})
+                         "time_p10": ratio_p10, "time_p90": ratio_p90, "gigabytes": read / 1e9,
+                         "bytes": read / sizes[0][0], "held": held / 1e9, "bandwidth": 1e3 * read / ms / copied,
+                         "copy_gigabytes_per_second": copied / 1e9})
     draw(args, rows, "network", ["prompt"], "ms")
-    return (f"{shape}, {args.dtype}, {args.device}: one token, batch {batch_size}, {tokens} times"
-            f"{', compiled' * compile}; a copy reads and writes {bandwidth / 1e9:.1f} GB/s; {full} layers"
-            + f", extrapolated from {depths[-1]} and {depths[0]}" * (len(depths) > 1))
+    extrapolated = f", extrapolated from {depths[-1]} and {depths[0]}" if len(depths) > 1 else ""
+    return (f"{shape}, {args.dtype}, {args.device}, {published} layers{extrapolated}: one token, batch {batch_size}, "
+            f"{tokens} times{', compiled' * compile}")
 
 
 def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, max_batch_size=1024, seqlen=128,
                tokens=16):
-    """A.6: tokens per second, of batches that are doubled until it drops or memory runs out, dense and sliced.
+    """A.6: tokens/s, dense and sliced, in batches that are doubled until it drops or memory runs out.
 
-    It is the batch by the median time of --tokens steps, which are those in the middle of --seqlen tokens.
+    tokens/s: the batch, divided by the median time of --tokens steps, which are those in the middle of --seqlen. note:
+    the best batch, relative to the dense network's best. --layers: to measure fewer than published.
     """
-    dense = None  # its best speed
+    prompt_length = (seqlen - tokens) // 2 - WARM_UP
+    if prompt_length < 1:
+        raise SliceGPTError(f"--seqlen must be at least {tokens + 2 * WARM_UP + 2} for --tokens {tokens}")
+    for sparsity in sparsities:
+        sliced_dimension(SHAPES[shape][1]["hidden_size"], sparsity)  # raises for what cannot be, before the work
+    dense_speed = None
     for sparsity in (None, *sparsities):
-        name, best = "dense" if sparsity is None else f"block {sparsity:.0%}", {"speed": 0}
+        name = "dense" if sparsity is None else f"block {sparsity:.0%}"
+        best = {"speed": 0}  # the row of the best batch so far
         model = build(shape, sparsity, layers, args.dtype, args.device)
         for batch in [2**i for i in range(max_batch_size.bit_length())]:
             row = {"network": name, "batch": batch, "speed": None, "note": "out of memory"}
-            prompt = torch.randint(10, 1000, (batch, (seqlen - tokens) // 2), device=args.device)
+            prompt = torch.randint(10, 1000, (batch, prompt_length), device=args.device)
             try:
-                times = in_turns([decoder(model, prompt)], tokens, args.device, "decoding")[0]
-                row |= {"speed": batch / median(times.tolist()), "note": ""}
+                seconds = in_turns([decoder(model, prompt)], tokens, args.device, "decoding").quantile(0.5).item()
+                row |= {"speed": batch / seconds, "note": ""}
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise  # the latter is how a CPU says it
@@ -248,50 +284,61 @@ def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, m
                 break
             best = row
         del model  # before the next is built
-        dense = best["speed"] if sparsity is None else dense
-        best["note"] = f"best: {best['speed'] / dense:.2f} of dense" if dense else "best"
+        if sparsity is None:
+            dense_speed = best["speed"]
+        best["note"] = f"best: {best['speed'] / dense_speed:.2f} of dense" if dense_speed else "best"
     draw(args, rows, "network", ["batch"], "speed", "log", "log")
-    return f"{shape}, {args.dtype}, {args.device}: sequences of {seqlen} tokens"
+    return f"{shape}, {layers or 'all'} layers, {args.dtype}, {args.device}: sequences of {seqlen} tokens"
 
 
 @torch.no_grad()
 def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repeat=50):
-    """A.7: the time of every matrix product of a layer, dense, sliced, and 2:4 sparse where torch has that.
+    """A.7: the time of every matrix product of a layer: dense, sliced, and 2:4 sparse where torch has such a product.
 
-    In ms, the medians of --repeat rounds, for each of --batch-sizes, in tokens; and as ratios to the dense product.
+    dense, sliced, 2:4: ms, the medians of --repeat rounds, for each of --batch-sizes, in tokens; sliced/dense and
+    2:4/dense: ratios of these. Only a sliced layer has shortcuts, the products X S; `all` is the sum of the layer's.
     """
-    dense, sliced = (build(shape, share, 1, args.dtype, args.device) for share in (None, sparsity))
+    dense, sliced = (build(shape, each, 1, args.dtype, args.device) for each in (None, sparsity))
     if experts(dense):
         raise SliceGPTError("the products of experts are not measured here")
-    random, why_not = partial(torch.randn, dtype=args.dtype, device=args.device), ""
+    random = partial(torch.randn, dtype=args.dtype, device=args.device)
+    reasons = []  # why there is no 2:4 product
+
+    def sparse_product(linear, x) -> dict:
+        """{"sparse": a function}; nothing, and one more of the reasons, where torch cannot do it."""
+        try:
+            mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
+            W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
+            product = partial(nn.functional.linear, x, W, linear.bias)
+            product()
+            return {"sparse": product}
+        except Exception as error:  # torch has many ways to say that it has no such product
+            reasons.append(slicegpt.first_line(error))
+            return {}
+
     for tokens in batch_sizes:
         products = {}  # name: {kind: function}
         for before, after in zip(stages(dense), stages(sliced)):
-            for path in [path for block in before.blocks for path in (*block.W_in.split(), block.W_out)]:
+            for path in [path for block in before.blocks for path in f"{block.W_in} {block.W_out}".split()]:
                 linear, narrow = (stage.layer.get_submodule(path) for stage in (before, after))
-                x, x_sliced = random(tokens, linear.in_features), random(tokens, narrow.in_features)
+                x, x_sliced = (random(tokens, module.in_features) for module in (linear, narrow))
                 products[path] = {"dense": partial(linear, x), "sliced": partial(narrow, x_sliced)}
-                try:
-                    mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
-                    W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
-                    nn.functional.linear(x, W, linear.bias)
-                    products[path]["sparse"] = partial(nn.functional.linear, x, W, linear.bias)
-                except Exception as error:  # torch has many ways to say that it has no such product
-                    why_not = f"\n2:4: torch has no such product here ({slicegpt.first_line(error)})"
-            d_in, d_out = after.shortcut.shape
-            X, Z = random(tokens, d_in), random(tokens, d_out)
-            products[after.shortcut_name] = {"sliced": partial(torch.addmm, Z, X, after.shortcut)}  # X S + Z
+                products[path] |= sparse_product(linear, x)
+            X = random(tokens, len(after.shortcut))
+            products[after.shortcut_name] = {"sliced": partial(torch.matmul, X, after.shortcut)}
         total = {"dense": 0, "sliced": 0, "sparse": 0}
         for operation, works in products.items():
-            seconds = in_turns(list(works.values()), repeat, args.device, operation)
-            ms = {kind: 1e3 * median(times.tolist()) for kind, times in zip(works, seconds)}
+            seconds = in_turns(list(works.values()), repeat, args.device, operation).quantile(0.5, dim=1)
+            ms = dict(zip(works, (1e3 * seconds).tolist()))
             total |= {kind: total[kind] + ms[kind] for kind in ms}
-            rows.append({"operation": operation, "tokens": tokens} | ms)
-        rows.append({"operation": "all", "tokens": tokens} | total | ({"sparse": None} if why_not else {}))
+            rows.append({"operation": operation, "tokens": tokens} | dict.fromkeys(total) | ms)
+        if any("dense" in works and "sparse" not in works for works in products.values()):
+            total["sparse"] = None  # a sum of some only
+        rows.append({"operation": "all", "tokens": tokens} | total)
     for row in rows:
-        row.setdefault("sparse")
         for kind in ("sliced", "sparse"):
-            row[f"{kind}_time"] = row[kind] / row["dense"] if row[kind] and "dense" in row else None
+            row[f"{kind}_time"] = row[kind] / row["dense"] if row[kind] and row["dense"] else None
+    why_not = f"\n2:4: torch has no such product here ({reasons[0]})" if reasons else ""
     return (f"{shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {repeat} times each, "
             f"sliced {sparsity:.0%}{why_not}")
 
@@ -300,90 +347,60 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
          samples=(4, 8), seqlen=512, finetune=4, repeat=1):
     """Table 3: seconds and peak memory of slicing and of RFT (by --finetune sequences), beside a dense forward pass.
 
-    Medians of --repeat rounds; `ratio` is slicing to the pass over the same --samples. Slicing needs no head, so there
-    is a pass without it, too.
+    Medians of --repeat rounds, after one that warms up. Each round has a new network. It runs on the --samples (dense
+    pass), and again without head, as slicing does not need one; it is sliced by them; then RFT trains it (setting up, a
+    step for every 4 sequences, and merging). its GB: the most memory that was in use during what stands before it.
+    slicing/pass: slicing, divided by the dense pass. --layers: to measure fewer than published.
     """
-    if finetune and not importlib.util.find_spec("peft"):
-        print("without RFT: this needs the package peft: pip install peft")
-        finetune = 0
+    if finetune:
+        slicegpt.optional("peft")  # raises, before the work, if it is not there; --finetune 0 does without
 
     def forward(network, tokens):
         for batch in tokens.split(batch_size):
             network(batch.to(args.device), use_cache=False)
 
+    def one_round(shape, tokens, tokens_of_rft) -> dict:
+        model = build(shape, None, layers, args.dtype, args.device)
+        works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
+                 "slicing": partial(slice_model, model, tokens, sparsity, batch_size=batch_size)}
+        if finetune:  # with gradients, which `in_turns` disables
+            works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, model, tokens_of_rft))
+        costs = {}
+        for name, work in works.items():
+            if args.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(args.device)
+            with contextlib.suppress(OSError):  # 5 resets Linux's peak; elsewhere it is that since the beginning
+                Path("/proc/self/clear_refs").write_text("5")
+            costs[name] = in_turns([work], 1, args.device, name, warm_up=0).item()
+            costs[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 1e9
+        return costs | {"ratio": costs["slicing"] / costs["forward"]}
+
     for shape, count in itertools.product(shapes, samples):
-        model, rounds = build(shape, None, layers, args.dtype, args.device), []
-        tokens, learned = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
-        for _ in range(repeat if rows else 1 + repeat):  # the first of all is a warm-up
-            victim, seconds, peaks = copy.deepcopy(model), {}, {}
-            works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
-                     "slicing": partial(slice_model, victim, tokens, sparsity, batch_size=batch_size)}
-            if finetune:  # with gradients, which `in_turns` disables
-                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, victim, learned))
-            for name, work in works.items():
-                if args.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(args.device)
-                with contextlib.suppress(OSError):  # Linux has this; elsewhere the peak is that since the beginning
-                    Path("/proc/self/clear_refs").write_text("5")
-                seconds[name] = in_turns([work], 1, args.device, name, warm_up=0).item()
-                peaks[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 2**30
-            rounds.append(seconds | peaks | {"ratio": seconds["slicing"] / seconds["forward"]})
-        rows.append({"shape": shape, "samples": count, "tokens": tokens.numel(), "parameters": parameters(model)}
-                    | {key: median(figures[key] for figures in rounds[-repeat:]) for key in rounds[0]})
+        tokens, tokens_of_rft = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
+        rounds = [one_round(shape, tokens, tokens_of_rft) for _ in range(1 + repeat)][1:]
+        size = parameters(build(shape, None, layers, args.dtype, "meta"))
+        rows.append({"shape": shape, "samples": count, "tokens": tokens.numel(), "parameters": size}
+                    | {key: median(costs[key] for costs in rounds) for key in rounds[0]})
     draw(args, rows, "shape", ["tokens"], "slicing", "log", "log")
-    return (f"{args.dtype}, {args.device}: seconds, GiB at the peak (two copies of the model are held), sparsity "
-            f"{sparsity:.0%}, {repeat} rounds, RFT by {finetune} sequences")
+    return (f"{args.dtype}, {args.device}, {layers or 'all'} layers: seconds, and GB at the peak, the medians "
+            f"of {repeat}; sparsity {sparsity:.0%}, RFT by {finetune} sequences")
 
 
 # ---- Quality --------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
-    """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
-
-    Layer by layer, each on the signal of those that are pruned already; embedding and head are not, as in the paper.
-    Arguments as in `slice_model`. Raises SliceGPTError for experts, or a matrix whose inputs do not come in fours.
-    """
-    if experts(model):
-        raise SliceGPTError("SparseGPT prunes no experts here")
-    device, parts, zeros = torch.device(device or model.device), slicegpt.architecture(model.config), 0
-    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
-        if stage is None or parts.attention not in stage.blocks:
-            continue  # an FFN is pruned with the attention of its layer, by what it reads before that is pruned
-        H = {}
-        groups = [slicegpt.submodules(stage.layer, paths)  # the matrices of a group read the same
-                  for block in (parts.attention, parts.ffn) for paths in (block.W_in, block.W_out)]
-
-        def observe(linear, inputs):
-            H[linear] = H.get(linear, 0) + slicegpt.covariance(inputs[0])
-
-        hooks = [linears[0].register_forward_pre_hook(observe) for linears in groups]
-        for x in X.split(batch_size):
-            stage.layer(x.to(device), *stage.args, **stage.kwargs)
-        for hook in hooks:
-            hook.remove()
-        for linears in groups:
-            W = [slicegpt.matrix(linear) for linear in linears]
-            pruned = prune(torch.cat(W, 1), H[linears[0]]).split([w.shape[1] for w in W], 1)
-            for linear, w in zip(linears, pruned):
-                slicegpt.set_matrix(linear, w)  # the bias stays
-                zeros += w.numel() // 2
-        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
-    return zeros
-
-
 def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
     """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
 
-    H = X^T X (inputs, inputs), to whose diagonal is added a share of its mean. Its inverse is U^T U, with U upper
-    triangular, and U_jj^2 = [H^-1]_jj of the inputs from j on. Going down the inputs, of every four the two weights
-    with the least w^2 / U_jj^2 go, and the error of each is spread over the inputs that follow: at once within a block
-    of `width` inputs, for those behind it when the block is done.
+    H = X^T X (inputs, inputs), to whose diagonal is added a share of its mean. H^-1 = U^T U, with U upper triangular;
+    so if H loses the rows and columns of all inputs before j, the first entry of the inverse of what is left is U_jj^2.
+    Going down the inputs, of every four the two weights with the least w^2 / U_jj^2 go, and the error of each is spread
+    over the inputs that follow: at once within a block of `width` inputs, and behind it when the block is done.
     """
     if len(W) % 4:
         raise SliceGPTError(f"2:4 needs inputs in fours, and a matrix has {len(W)}")
-    W, eye = W.clone(), torch.eye(len(H), dtype=H.dtype, device=H.device)
-    L = torch.linalg.cholesky(H + (damping * H.diag().mean()).clamp_min(torch.finfo(H.dtype).tiny) * eye)
+    W = W.clone()
+    damped = (damping * H.diag().mean()).clamp_min(torch.finfo(H.dtype).tiny)  # more than 0, even if all inputs are 0
+    L = torch.linalg.cholesky(H + damped * torch.eye(len(H), dtype=H.dtype, device=H.device))
     U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
     for start in range(0, len(W), width):
         end = min(start + width, len(W))
@@ -399,23 +416,56 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tens
     return W
 
 
-def read_model(args, name: str, may_be_sliced: bool = False) -> argparse.Namespace:
-    """A model and the texts that slicegpt.py's options ask for; only this function knows what becomes of these.
+@torch.no_grad()
+def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
+    """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
 
-    calibration (None for a model that is sliced already) and evaluation: tokens (samples, N); calibrated, evaluated:
-    what titles say of them. Raises SliceGPTError for a model that is sliced already, unless it may be.
+    Layer by layer, each on the signal of those that are pruned already; embedding and head are not, as in the paper.
+    Arguments as in `slice_model`. Raises SliceGPTError for experts, or a matrix whose inputs do not come in fours.
     """
-    asked = argparse.Namespace(**vars(args) | {"model": name})
-    inputs = slicegpt.read_inputs(asked)
+    if experts(model):
+        raise SliceGPTError("SparseGPT prunes no experts here")
+    device = model.device if device is None else torch.device(device)
+    parts = slicegpt.architecture(model.config)
+    zeros = 0
+    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
+        if stage is None or parts.attention not in stage.blocks:
+            continue  # the FFN is pruned with its layer's attention, by what both read before either is pruned
+        linears = [linear for block in (parts.attention, parts.ffn)
+                   for linear in slicegpt.submodules(stage.layer, f"{block.W_in} {block.W_out}")]
+        H = dict.fromkeys(linears, 0)
+
+        def observe(linear, inputs):
+            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
+
+        hooks = [linear.register_forward_pre_hook(observe) for linear in linears]
+        for x in X.split(batch_size):
+            stage.layer(x.to(device), *stage.args, **stage.kwargs)
+        for hook in hooks:
+            hook.remove()
+        for linear in linears:
+            W = prune(slicegpt.matrix(linear), H.pop(linear))
+            slicegpt.set_matrix(linear, W)  # the bias stays
+            zeros += W.numel() // 2
+        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
+    return zeros
+
+
+def read_model(args, may_be_sliced: bool = False) -> tuple:
+    """(model, inputs, layerwise) that the options of slicegpt.py ask for; those that were left out are filled in.
+
+    inputs: see slicegpt.Inputs; layerwise: batch_size and device, for what goes through a model layer by layer. Raises
+    SliceGPTError for a model that is sliced already, unless it may be.
+    """
+    inputs = slicegpt.read_inputs(args)
     if inputs.calibration is None and not may_be_sliced:
-        raise SliceGPTError(f"{name} is sliced already")
-    samples = 0 if inputs.calibration is None else len(inputs.calibration)
-    return argparse.Namespace(
-        model=slicegpt.load(name, inputs.dtype)[0].eval(), tokenizer=inputs.tokenizer, device=inputs.device,
-        where={"batch_size": args.batch_size, "device": inputs.device},
-        calibration=inputs.calibration, evaluation=inputs.evaluation,
-        calibrated=f"{samples} x {asked.seqlen} tokens of {asked.calibration}",
-        evaluated=f"{len(inputs.evaluation)} x {asked.seqlen} tokens of {asked.eval}")
+        raise SliceGPTError(f"{args.model} is sliced already")
+    model = slicegpt.load(args.model, inputs.dtype)[0].eval()
+    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
+
+
+def size_of(tokens: Tensor, text: str) -> str:
+    return f"{len(tokens)} x {tokens.shape[1]} tokens of {text}"
 
 
 PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
@@ -427,25 +477,33 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 }
 
 
-def table1(args, rows, models: list[str] = (), round_to=8):
-    """Table 1: WikiText-2 perplexity; beside the paper's, where the model's name is one of the paper's."""
-    methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {s:.0%}": s for s in (0.1, 0.2, 0.25, 0.3)}
-    rows += [{"method": method} for method in methods]
-    points, titles = [], []
-    for name in models or [args.model]:
-        label, real = Path(name).name, read_model(args, name)
-        titles.append(f"{label}: perplexity on {real.evaluated}, calibrated on {real.calibrated}")
+def table1(args, rows, models: Sequence[str] = (), round_to=8):
+    """Table 1: perplexity of --models (or --model), and in the paper, if a directory is named like a model of its."""
+    names = models or [args.model]
+    if len({Path(name).name for name in names}) < len(names):
+        raise SliceGPTError("--models must end in different names, which are the columns'")
+    sparsities = {f"SliceGPT {sparsity:.0%}": sparsity for sparsity in (0.1, 0.2, 0.25, 0.3)}
+    rows += [{"method": method} for method in ("dense", "SparseGPT 2:4", *sparsities)]  # a model adds columns to all
+    titles = []
+    points = []  # for --plot
+    for name in names:
+        label = Path(name).name
+        asked = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as it is filled in for this model
+        model, inputs, layerwise = read_model(asked)
+        titles.append(f"{label}: perplexity on {size_of(inputs.evaluation, asked.eval)}, "
+                      f"calibrated on {size_of(inputs.calibration, asked.calibration)}")
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
-        for row, sparsity, published in zip(rows, methods.values(), paper):
-            network = copy.deepcopy(real.model)
-            if sparsity is None:
-                sparsegpt(network, real.calibration, **real.where)
-            elif sparsity > 0:
-                slice_model(network, real.calibration, sparsity, round_to=round_to, **real.where)
-            with slicegpt.placed(network, real.device):
-                row[label] = slicegpt.perplexity(network, real.evaluation, device=real.device)
+        for row, published in zip(rows, paper):
+            network = copy.deepcopy(model)
+            sparsity = sparsities.get(row["method"], 0)
+            if row["method"] == "SparseGPT 2:4":
+                sparsegpt(network, inputs.calibration, **layerwise)
+            elif sparsity:
+                slice_model(network, inputs.calibration, sparsity, round_to=round_to, **layerwise)
+            with slicegpt.placed(network, inputs.device):
+                row[label] = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
             row[f"{label} in the paper"] = published
-            if sparsity is not None:
+            if row["method"] != "SparseGPT 2:4":
                 points.append({"model": label, "%": 100 * sparsity, "perplexity": row[label]})
     draw(args, points, "model", ["%"], "perplexity", y_scale="log")
     return "\n".join(titles)
@@ -462,16 +520,17 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = tasks.replace(",", " ").split()
     for name in set(names) - set(manager.all_tasks):
-        near = " or ".join(difflib.get_close_matches(name, manager.all_tasks))
-        raise SliceGPTError(f"there is no task {name}" + (f"; did you mean {near}?" if near else ""))
-    real, title = read_model(args, args.model, may_be_sliced=True), args.model
-    networks = ["sliced"] if real.calibration is None else ["dense", "sliced"]
+        raise SliceGPTError(f"there is no task {name}")
+    model, inputs, layerwise = read_model(args, may_be_sliced=True)
+    title = args.model
+    networks = ["sliced"] if inputs.calibration is None else ["dense", "sliced"]
+    sliced_dimension(model.config.hidden_size, sparsity)  # raises for what cannot be, before the work
     for network in networks:
-        if network == "sliced" and real.calibration is not None:
-            slice_model(real.model, real.calibration, sparsity, **real.where)
-            title += f", sliced {sparsity:.0%} by {real.calibrated}"
-        with slicegpt.placed(real.model, real.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
-            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(real.model, tokenizer=real.tokenizer)
+        if network == "sliced" and inputs.calibration is not None:
+            slice_model(model, inputs.calibration, sparsity, **layerwise)
+            title += f", sliced {sparsity:.0%} by {size_of(inputs.calibration, args.calibration)}"
+        with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
+            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
             results = slicegpt.optional("lm_eval").simple_evaluate(
                 judged, tasks=names, task_manager=manager, limit=limit or None)
         if not rows:
@@ -487,86 +546,44 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
     return f"{title}: accuracy and its standard error"
 
 
-def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: list[float] = (), round_to=8, learn=0, eval_also="",
-            formats: list[str] = ()):
-    """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
+def by_every_method(model, calibration, layerwise, sparsities, params, round_to, learn, seed) -> list[tuple]:
+    """(method, network, number of weights that are pruned), for `quality`: the dense model, SparseGPT's, sliced ones.
 
-    --params: sizes as shares of the parameters, for all but the block mode, instead of the sparsities. --learn: steps,
-    or 0. --eval-also: a second text. --formats: of llama.cpp, such as Q8_0 and Q4_0, which the matrices are rounded to.
-    In each of up to 50 rounds every network decodes a token: ms/token is the median of its times, `time` that of their
-    ratios to the dense network's.
+    Sizes that cannot be reached raise SliceGPTError before the work.
     """
-    for block in (gguf_format(format)[1] for format in formats):
-        if round_to % block:
-            raise SliceGPTError(f"{' and '.join(formats)}: --round-to must be a multiple of {block}")
-    real = read_model(args, args.model)
-    for format in formats:
-        rounded(real.model, format)  # raises for a matrix that does not come in the format's blocks
-    texts, (samples, seqlen) = {"perplexity": real.evaluation}, real.evaluation.shape
-    if eval_also:
-        text = slicegpt.read_text(eval_also, evaluation=True)
-        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(real.tokenizer, text, seqlen, samples)
-    model, calibration = real.model.to(real.device), real.calibration
-    one_matrix = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    # the dimensions of one Q for all; what cannot be reached is found out here, before the work
     by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, round_to) for sparsity in sparsities]
-    widths = {head: [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
-              or by_sparsity for head in ["sliced"] + ["tied"] * one_matrix}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    dimensions = {}  # of networks with one Q for all, for each kind of head
+    for head in ["sliced", "tied"] if tied else ["sliced"]:
+        by_params = [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
+        dimensions[head] = by_params or by_sparsity
     fused = copy.deepcopy(model)
-    Q = slicegpt.shared_rotation(fused, calibration, **real.where)  # of which each size takes the first columns
+    Q = slicegpt.shared_rotation(fused, calibration, **layerwise)  # of which each size takes the first columns
 
-    @cache
+    @cache  # a tied head may ask for the same as a sliced one
     def rotation(columns: int, learned: bool) -> Tensor:
         start = Q[:, :columns]
-        return slicegpt.learn_rotation(fused, calibration, start, learn, seed=args.seed) if learned else start
+        return slicegpt.learn_rotation(fused, calibration, start, learn, seed=seed) if learned else start
 
     def spread(d: int) -> Tensor:  # it changes nothing (Theorem 1), but weights of one size lose less when rounded
-        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=real.device)).Q
+        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
 
     sparse = copy.deepcopy(model)
-    pruned = sparsegpt(sparse, calibration, **real.where)
-    networks = [("dense", model), ("SparseGPT 2:4", sparse)]
+    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **layerwise))]
     for sparsity in sparsities:
-        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **real.where)
+        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **layerwise)
         slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
-        networks.append(("block", network))
-    for learned, head in itertools.product([False, True] if learn else [False], widths):
-        for d in widths[head]:
-            network, columns = copy.deepcopy(model), slicegpt.columns_to_keep(model.config, d, head)
+        networks.append(("block", network, 0))
+    for learned, head in itertools.product([False, True] if learn else [False], dimensions):
+        for d in dimensions[head]:
+            network = copy.deepcopy(model)
+            columns = slicegpt.columns_to_keep(model.config, d, head)
             slicegpt.rotate(network, rotation(columns, learned) @ spread(columns))
             if head == "tied":
                 slicegpt.tie_head(network, calibration)
             method = "shared" + ", learned" * learned + ", tied" * (head == "tied")
-            networks.append((method, slicegpt.standard(network)[0]))
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=real.device)
-    steps = [decoder(network, prompt) for _, network in networks]
-    seconds = in_turns(steps, max(1, min(50, seqlen // 2 - WARM_UP)), real.device, "decoding")
-    for (method, network), times in zip(networks, seconds):
-        zeros = pruned if network is sparse else 0
-        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
-        row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
-               "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
-        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * median(times.tolist()),
-                "time": median((times / seconds[0]).tolist())}
-        rows.append(row)
-        row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
-        for format in formats if network is not sparse else ():
-            stored, smaller = rounded(network, format)
-            row[f"{format} GB/token"] = smaller * row["gigabytes"]
-            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
-    draw(args, rows, "method", ["parameters", "time"], "perplexity", y_scale="log")
-    return (f"{args.model}: {real.evaluated}, calibrated on {real.calibrated}; one token on {real.device}, batch 1.\n"
-            "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products")
-
-
-def gguf_format(format: str) -> tuple:
-    """Of a format of llama.cpp: gguf's number for it, and the weights and bytes of a block. Raises SliceGPTError."""
-    gguf, quants = slicegpt.optional("gguf"), slicegpt.optional("gguf.quants")
-    with slicegpt.failing(f"cannot round the weights to {format}"):
-        number = gguf.GGMLQuantizationType[format]
-        block, size = gguf.GGML_QUANT_SIZES[number]
-        quants.quantize(torch.zeros(1, block).numpy(), number)  # gguf can read more formats than it can write
-        return number, block, size
+            networks.append((method, slicegpt.standard(network)[0], 0))
+    return networks
 
 
 @torch.no_grad()
@@ -575,13 +592,66 @@ def rounded(model, format: str) -> tuple:
 
     (The norms' scales, which are not rounded, are counted as if they were.) Raises SliceGPTError.
     """
-    (number, block, size), quants, model = gguf_format(format), slicegpt.optional("gguf.quants"), copy.deepcopy(model)
-    with slicegpt.failing(f"cannot round the weights to {format}"):
+    gguf = slicegpt.optional("gguf")
+    model = copy.deepcopy(model)
+    with slicegpt.failing(f"cannot round the weights to {format}", "for Q8_0 and Q4_0, --round-to "
+                          "and the model's widths must be multiples of 32"):
+        number = gguf.GGMLQuantizationType[format]
+        weights_of_a_block, bytes_of_a_block = gguf.GGML_QUANT_SIZES[number]
         for W in model.parameters():
             if W.dim() > 1:
-                stored = quants.quantize(W.float().cpu().numpy(), number)
-                W.copy_(torch.from_numpy(quants.dequantize(stored, number)))
-    return model, size / block / model.dtype.itemsize
+                stored = gguf.quants.quantize(W.float().cpu().numpy(), number)
+                W.copy_(torch.from_numpy(gguf.quants.dequantize(stored, number)))
+    return model, bytes_of_a_block / weights_of_a_block / W.itemsize
+
+
+def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: Sequence[float] = (), round_to=8, learn=0, eval_also="",
+            formats: Sequence[str] = ()):
+    """Perplexity, parameters, bytes and time per token of every method at every size, from one run on one model.
+
+    method: block is the paper's; shared, one Q for all blocks, learned by --learn steps (0: not at all); tied, with one
+    matrix for embedding and head. --sparsities are the sizes, or --params for the shared ones, as shares of the dense
+    parameters. --eval-also: a second text. --formats: those of llama.cpp, such as Q8_0, that matrices are rounded to;
+    before that, sliced networks, but not the dense one, have been turned at random, so that rounding costs less.
+
+    dimension: the signal's width. GB/token: the weights that a token reads. In each of up to 50 rounds every network
+    decodes a token, so all are in memory at once; ms/token is the median, of dense time that of the ratios to the dense
+    network in the same round.
+    """
+    def check_formats(lengths):  # raises for rows of a length that a format does not have
+        for format, length in itertools.product(formats, lengths):
+            rounded(nn.Embedding.from_pretrained(torch.zeros(1, length)), format)
+
+    check_formats([round_to])  # before the model is read
+    model, inputs, layerwise = read_model(args)
+    check_formats({W.shape[-1] for W in model.parameters() if W.dim() > 1})
+    texts = {"perplexity": inputs.evaluation}
+    samples, seqlen = inputs.evaluation.shape
+    if eval_also:
+        text = slicegpt.read_text(eval_also, evaluation=True)
+        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(inputs.tokenizer, text, seqlen, samples)
+    model.to(inputs.device)
+    networks = by_every_method(model, inputs.calibration, layerwise, sparsities, params, round_to, learn, args.seed)
+    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=inputs.device)
+    rounds = max(1, min(50, seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
+    seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, inputs.device, "decoding")
+    for (method, network, zeros), times in zip(networks, seconds):
+        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
+        row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1],
+               "parameters": parameters(network) - zeros, "gigabytes": (weight_bytes(network) - saved) / 1e9}
+        row |= {"share": row["parameters"] / parameters(model), "ms": 1e3 * times.quantile(0.5).item(),
+                "time": (times / seconds[0]).quantile(0.5).item()}
+        rows.append(row)  # already, so that it is shown if something ends the rest
+        row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
+        for format in formats if not zeros else ():
+            stored, smaller = rounded(network, format)
+            row[f"{format} GB/token"] = smaller * row["gigabytes"]
+            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
+    draw(args, rows, "method", ["parameters", "time"], "perplexity", y_scale="log")
+    return (f"{args.model}: {size_of(inputs.evaluation, args.eval)}, calibrated on "
+            f"{size_of(inputs.calibration, args.calibration)}; one token on {inputs.device}, batch 1.\n"
+            "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products"
+            + "\nFormats: sliced networks, but not the dense one, are turned at random before rounding" * bool(formats))
 
 
 @torch.no_grad()
@@ -590,55 +660,43 @@ def spectrum(args, rows):
 
     Printed is how many directions it takes to have 90% of their sum, the variance, and so on; --json has them all.
     """
-    real = read_model(args, args.model)
-    slicegpt.fuse(real.model)
-    parts = slicegpt.architecture(real.model.config)
-    norm = real.model.get_submodule(parts.norm)  # fused, all norms are alike
-    for stage, X in slicegpt.signals(real.model, real.calibration, **real.where):
+    model, inputs, layerwise = read_model(args)
+    slicegpt.fuse(model)
+    parts = slicegpt.architecture(model.config)
+    norm = model.get_submodule(parts.norm)  # fused, all norms are alike
+    for stage, X in slicegpt.signals(model, inputs.calibration, **layerwise):
         if stage is not None and parts.ffn in stage.blocks:
-            eigenvalues = slicegpt.pca(slicegpt.covariance_of(X, norm, stage, **real.where))[0].clamp_min(0).cpu()
-            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()})
-            rows[-1] |= {f"{kept:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - kept, round_to=1)
-                         for kept in (0.9, 0.99, 0.999)}
+            C = slicegpt.covariance_of(X, norm, stage, **layerwise)
+            eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
+            directions = {f"{kept:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - kept, round_to=1)
+                          for kept in (0.9, 0.99, 0.999)}
+            relative = (eigenvalues / eigenvalues[0]).tolist()
+            rows.append({"layer": str(stage.number), "eigenvalues": relative} | directions)
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", ["component"], "eigenvalue / largest", y_scale="log")
-    return (f"{args.model}, inputs of the FFN, {real.calibrated}: of {real.model.config.hidden_size} dimensions, how "
-            "many have that share of the variance")
+    return (f"{args.model}, inputs of the FFN, {size_of(inputs.calibration, args.calibration)}: of "
+            f"{model.config.hidden_size} dimensions, how many have that share of the variance")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 SPEED = (latency, throughput, ops, cost)
 REAL = (table1, tasks, quality, spectrum)
+MAY_BE_0 = ("layers", "finetune", "limit", "learn")  # the other options that are integers are at least 1
 
 
-def main(argv=None) -> int:
-    """The exit code, see `slicegpt.exit_code`."""
-    parser = argparse.ArgumentParser("bench.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
-    for work in SPEED + REAL:
-        command = commands.add_parser(work.__name__, description=work.__doc__, allow_abbrev=False)
-        add, (_, _, *options) = command.add_argument, inspect.signature(work).parameters.values()
-        command.set_defaults(work=work, options=[option.name for option in options], plot=None)
-        if work in REAL:
-            slicegpt.add_inputs(add)
-        else:
-            add("--device", help="default: cuda if there is one, else cpu")
-            add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-        for option in options:  # the parameters behind args and rows; an option has the type of its default
-            several = isinstance(option.default, tuple)
-            examples = option.default if several else [option.default]
-            kind = type(examples[0]) if examples else option.annotation.__args__[0]
-            how = {"action": "store_true"} if kind is bool else {
-                "type": kind, "nargs": "+" if several else None, "choices": SHAPES if "shape" in option.name else None}
-            add("--" + option.name.replace("_", "-"), default=option.default, help=f"default: {option.default}", **how)
-        add("--json", type=Path, metavar="FILE", help="write the figures here")
-        if work not in (ops, tasks):
-            add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
-    args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
-    return slicegpt.exit_code("bench", lambda: run(args))
+def add_option(add, option: inspect.Parameter):
+    """Makes an option of a command's parameter: it has the type of its default, or, if that is empty, as annotated."""
+    several = isinstance(option.default, tuple)
+    kind = type(option.default)
+    if several:
+        kind = type(option.default[0]) if option.default else option.annotation.__args__[0]
+    least = 0 if kind is float or option.name in MAY_BE_0 else 1
+    how = {"action": "store_true"} if kind is bool else {
+        "type": kind if kind is str else slicegpt.bounded(kind, least),
+        "nargs": "+" if several else None, "choices": SHAPES if "shape" in option.name else None}
+    add("--" + option.name.replace("_", "-"), default=option.default, help=f"default: {option.default}", **how)
 
 
 def run(args):
@@ -647,20 +705,44 @@ def run(args):
         with slicegpt.failing(f"cannot write {path}"):
             open(path, "a").close()
     if args.plot:
-        slicegpt.optional("matplotlib").use("Agg")
-        kinds = slicegpt.optional("matplotlib.pyplot").figure().canvas.get_supported_filetypes()
-        if args.plot.suffix.lower()[1:] not in kinds:
-            raise SliceGPTError(f"cannot draw {args.plot}: it must end in one of {', '.join(kinds)}")
-    if args.work in SPEED:
+        with slicegpt.failing(f"cannot draw {args.plot}"):  # if its name does not end as a picture's
+            slicegpt.optional("matplotlib.figure").Figure().savefig(io.BytesIO(), format=args.plot.suffix[1:])
+    if args.command in SPEED:
         args.device = slicegpt.find_device(args.device)
         args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
     torch.manual_seed(0)
-    rows, title = [], "measured before it ended:"
+    rows = []
+    title = "measured before it ended:"
     try:
-        title = args.work(args, rows, **{name: getattr(args, name) for name in args.options})
+        title = args.command(args, rows, **{name: getattr(args, name) for name in args.options})
     finally:
         if rows:
             show(args, title, rows)
+
+
+def main(argv=None) -> int:
+    """The exit code, see `slicegpt.exit_code`."""
+    parser = argparse.ArgumentParser("bench.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
+    for command in SPEED + REAL:
+        subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
+        add = subparser.add_argument
+        _, _, *options = inspect.signature(command).parameters.values()  # behind args and rows
+        subparser.set_defaults(command=command, options=[option.name for option in options], plot=None)
+        if command in REAL:
+            slicegpt.add_inputs(add)
+        else:
+            add("--device", help="default: cuda if there is one, else cpu")
+            add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
+        for option in options:
+            add_option(add, option)
+        add("--json", type=Path, metavar="FILE", help="write the figures here")
+        if command not in (ops, tasks):
+            add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv or ["latency"])
+    return slicegpt.exit_code("bench", lambda: run(args))
 
 
 if __name__ == "__main__":
