@@ -1910,6 +1910,9 @@ def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
         start = time.perf_counter()
         outcome.model, outcome.not_standard = slice_as_asked(args, inputs, d, outcome.model)
         outcome.seconds = time.perf_counter() - start
+        if max(W.abs().max() for W in outcome.model.parameters()) > torch.finfo(inputs.saved_in).max:
+            warn(f"its weights have become too large for {inputs.saved_in}, so it is saved in {inputs.dtype}")
+            inputs.saved_in = inputs.dtype
     outcome.is_sliced = True
     outcome.figures["sliced"] = measure(args, inputs, outcome.model)
     if inputs.finetuning is not None:

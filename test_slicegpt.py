@@ -1836,6 +1836,15 @@ def test_a_model_is_saved_in_the_type_that_it_came_in(tiny, tmp_path, flags, dty
     assert dtype == torch.float32 or weights[0].stat().st_size > weights[1].stat().st_size
 
 
+def test_a_model_that_has_become_too_large_for_its_type_is_saved_in_a_wider_one(tiny, tmp_path):
+    model = tiny_network().half()
+    model.model.norm.weight.data.fill_(6e4)  # which the head takes
+    checkpoint(model, tmp_path / "model")
+    code, _, err = command(*options(tiny, tmp_path / "model"), "--save", tmp_path / "sliced")
+    assert code == 0 and "too large for torch.float16, so it is saved in torch.float32" in err
+    assert {W.dtype for W in load(tmp_path / "sliced")[0].parameters()} == {torch.float32}
+
+
 def test_routers_that_transformers_keeps_in_float32_stay_so(tiny, tmp_path):
     experts = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 16}
     checkpoint(tiny_network("ernie4_5_moe", **experts).bfloat16(), tmp_path / "model")
