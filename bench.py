@@ -150,8 +150,7 @@ def show(args, title: str, rows: list[dict]):
         print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
     print(flush=True)
     if args.json:
-        with slicegpt.failing(f"cannot write {args.json}"):
-            args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def draw(args, rows: list[dict], name: str, x: str, y: str, x_scale="linear", y_scale="linear"):
@@ -233,12 +232,9 @@ def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, m
         for batch in [2**i for i in range(max_batch_size.bit_length())]:
             row = {"network": name, "batch": batch, "speed": None, "note": "out of memory"}
             prompt = torch.randint(10, 1000, (batch, prompt_length), device=args.device)
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 seconds = in_turns([decoder(model, prompt)], tokens, args.device, "decoding").quantile(0.5).item()
                 row |= {"speed": batch / seconds, "note": ""}
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise  # the latter is how a CPU says it
             rows.append(row)
             if row["speed"] is None or row["speed"] < best["speed"]:
                 break
@@ -335,10 +331,9 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
 def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
     """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
 
-    H = X^T X (inputs, inputs), to whose diagonal is added a share of its mean. H^-1 = U^T U, with U upper triangular;
-    so if H loses the rows and columns of all inputs before j, the first entry of the inverse of what is left is U_jj^2.
-    Going down the inputs, of every four the two weights with the least w^2 / U_jj^2 go, and the error of each is spread
-    over the inputs that follow: at once within a block of `width` inputs, and behind it when the block is done.
+    H = X^T X, to whose diagonal is added a share of its mean, and H^-1 = U^T U with U upper triangular: without the
+    inputs before j, the first entry of H^-1 is U_jj^2. Going down the inputs, of every four the two weights with the
+    least w^2 / U_jj^2 go; their errors are spread over the inputs that follow, behind `width` of them by a product.
     """
     if len(W) % 4:
         raise SliceGPTError(f"2:4 needs inputs in fours, and a matrix has {len(W)}")
@@ -374,11 +369,8 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
         linears = [linear for block in (parts.attention, parts.ffn)
                    for linear in slicegpt.submodules(stage.layer, f"{block.W_in} {block.W_out}")]
         H = dict.fromkeys(linears, 0)
-
-        def observe(linear, inputs):
-            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
-
-        hooks = [linear.register_forward_pre_hook(observe) for linear in linears]
+        hooks = [linear.register_forward_pre_hook(lambda linear, inputs: H.update(
+            {linear: H[linear] + slicegpt.covariance(inputs[0])})) for linear in linears]
         for x in X.split(batch_size):
             stage.layer(x.to(device), *stage.args, **stage.kwargs)
         for hook in hooks:
@@ -414,16 +406,13 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
 
 def table1(args, rows, models: str = (), round_to=8):
     """Table 1: perplexity of --models (or --model), and in the paper, if a directory is named like a model of its."""
-    names = models or [args.model]
-    if len({Path(name).name for name in names}) < len(names):
-        raise SliceGPTError("--models must end in different names, which are the columns'")
     methods = {"dense": 0, "SparseGPT 2:4": None, "SliceGPT 10%": 0.1, "SliceGPT 20%": 0.2, "SliceGPT 25%": 0.25,
                "SliceGPT 30%": 0.3}
     rows += [{"method": method} for method in methods]  # a model adds columns to all
     titles = []
     points = []  # for --plot
-    for name in names:
-        label = Path(name).name
+    for name in models or [args.model]:
+        label = name if Path(name).name in rows[0] else Path(name).name
         asked = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as it is filled in for this model
         model, inputs, layerwise, title = read_model(asked)
         titles.append(f"{title}; perplexity on {len(inputs.evaluation)} sequences of {asked.eval}")
@@ -469,6 +458,7 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
                         f"{network}_error": found[f"{metric}_stderr,none"]}
         if network == "dense":
             slice_model(model, inputs.calibration, sparsity, **layerwise)
+            title += f", sliced {sparsity:.0%}"
     rows.append({"task": "average"} | {network: mean(row[network] for row in rows) for network in networks})
     return f"{title}: accuracy and its standard error"
 
@@ -574,10 +564,9 @@ def spectrum(args, rows):
         if stage is not None and parts.ffn in stage.blocks:
             C = slicegpt.covariance_of(X, norm, stage, **layerwise)
             eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
-            directions = {f"{kept:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - kept, round_to=1)
-                          for kept in (0.9, 0.99, 0.999)}
-            relative = (eigenvalues / eigenvalues[0]).tolist()
-            rows.append({"layer": str(stage.number), "eigenvalues": relative} | directions)
+            kept = {f"{share:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - share, round_to=1)
+                    for share in (0.9, 0.99, 0.999)}
+            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | kept)
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", "component", "eigenvalue / largest", y_scale="log")
