@@ -13,11 +13,9 @@ Figure 6, the quality after RFT, is `slicegpt.py --finetune`. The first four dow
 shapes get random weights, as speed does not depend on these, and --layers of their layers (0: all). The others take a
 real model, and the options of slicegpt.py. All take --json FILE and, but for ops and tasks, --plot FILE.png (needs
 matplotlib). A time is the median of several rounds, in each of which all that is compared is timed once; `of dense
-time` is that of the ratios to the dense network in the same round. GB/token is what one token reads: all weights but
-the embedding's, if the head has others, and those of idle experts.
+time` is that of the ratios to the dense network in the same round. GB/token: without an embedding and idle experts.
 
-A command is a function of its name; its options are its parameters behind `args`, which has the shared ones, and
-`rows`. It appends the rows of a table to these and returns a title; whatever ends it, `run` prints the rows so far.
+A command is a function with its options as parameters behind `args`, the shared ones, and `rows`, which it appends to.
 """
 import argparse
 import contextlib
@@ -42,15 +40,14 @@ from slicegpt import SliceGPTError, parameters, slice_model, sliced_dimension, s
 
 
 # ---- Networks of published shapes, with random weights --------------------------------------------------------------
-
 def opt(width, layers, heads):
     return "opt", {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width, "vocab_size": 50272,
                    "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048}
 
 
 def llama_like(width, layers, heads, kv_heads, ffn, vocabulary=32000, family="llama", **more):
-    return family, {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-                    "num_key_value_heads": kv_heads, "intermediate_size": ffn, "vocab_size": vocabulary,
+    return family, {"hidden_size": width, "intermediate_size": ffn, "vocab_size": vocabulary,
+                    "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
                     "tie_word_embeddings": False, "max_position_embeddings": 4096} | more
 
 
@@ -65,8 +62,7 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
     "qwen3-30b-a3b": llama_like(2048, 48, 32, 4, 6144, 151936, family="qwen3_moe", head_dim=128, num_experts=128,
                                 num_experts_per_tok=8, moe_intermediate_size=768),
     "gpt-oss-20b": llama_like(2880, 24, 64, 8, 2880, 201088, family="gpt_oss", head_dim=64, num_local_experts=32,
-                              num_experts_per_tok=4),
-}  # the real OPT-350M has its norms behind the blocks, and cannot be sliced
+                              num_experts_per_tok=4)}  # the real OPT-350M has norms behind its blocks
 
 
 def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
@@ -93,14 +89,12 @@ def weight_bytes(model) -> int:
 
 
 # ---- Measuring and showing ------------------------------------------------------------------------------------------
-
-WARM_UP = 4  # rounds
+WARM_UP = 4  # rounds, which do not count
 HEADINGS = {  # of the columns, where the keys of --json do not say enough
     "ms": "ms/token", "time": "of dense time", "time_p10": "its p10", "time_p90": "its p90", "gigabytes": "GB/token",
     "bytes": "of dense GB", "held": "GB held", "bandwidth": "of copy GB/s", "copy_gigabytes_per_second": "copy GB/s",
     "speed": "tokens/s", "sparse": "2:4", "sliced_time": "sliced/dense", "sparse_time": "2:4/dense",
-    "forward": "dense pass", "forward_peak": "its GB", "body": "without head", "body_peak": "its GB",
-    "slicing_peak": "its GB", "rft_peak": "its GB", "ratio": "slicing/pass", "share": "of dense parameters"}
+    "share": "of dense parameters"}
 
 
 @torch.no_grad()
@@ -134,18 +128,19 @@ def decoder(model, prompt: Tensor, room: int | None = None):
     return lambda: step(token, attention_mask=mask, position_ids=positions.add_(1), cache=past, use_cache=True)
 
 
-def show(args, title: str, rows: list[dict]):
-    """Prints the rows as a table: a name, which is under the first key, and the figures; and writes them for --json."""
+def show(args, note: str | None, rows: list[dict]):
+    """Prints options, a note, and a table: of each row a name, under its first key, and figures; or as JSON, too."""
     def text(value):
         if isinstance(value, str | None):
             return value or "-"
         return f"{value:,d}" if isinstance(value, int) else f"{value:.3f}"
-
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "eigenvalues"]
     table = [["", *(HEADINGS.get(key, key) for key in keys[1:])]]
     table += [[text(row.get(key)) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    print(title)
+    options = vars(args) | dict.fromkeys(("command", "json", "plot"))
+    said = [f"{name} {value}" for name, value in options.items() if value not in (None, "", ())]
+    print(f"{args.command.__name__}: {', '.join(filter(None, [*said, note]))}")
     for name, *cells in table:
         print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
     print(flush=True)
@@ -165,34 +160,30 @@ def draw(args, rows: list[dict], name: str, x: str, y: str, x_scale="linear", y_
         points = sorted((row[x], row[y]) for row in rows if row[name] == label and None not in (row[x], row[y]))
         panel.plot(*zip(*points), marker=".", label=label)
     panel.set(xlabel=HEADINGS.get(x, x), ylabel=HEADINGS.get(y, y), xscale=x_scale, yscale=y_scale)
-    panel.grid(True, which="both", alpha=0.3)
     panel.legend(fontsize="x-small", ncols=1 + len(names) // 12)
     plot.savefig(args.plot)
 
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
-
 def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1, prompt_lengths=(128, 512), tokens=50,
             compile=False):
     """Table 2: the time of one token: dense, sliced by a Q per block, and, beyond the paper, by one Q shared by all.
 
-    prompt: the tokens before it. of copy GB/s: what the network reads a second, as a share of what copying memory reads
-    and writes. With --layers, so many and half as many are measured, and the medians extrapolated; p10 and p90 are then
-    the same. Without --compile, small networks and batches on a GPU measure how fast Python hands out the work.
+    prompt: tokens before it. of copy GB/s: the speed of reading the network, to that of copying memory. With --layers,
+    so many and half as many are measured, and the medians (thus also p10, p90) extrapolated. Without --compile, small
+    networks and batches on a GPU measure how fast Python hands out the work.
     """
     published = SHAPES[shape][1]["num_hidden_layers"]
     depths = [layers, layers // 2] if 0 < layers < published else [published]
     if depths[-1] < 1:
         raise SliceGPTError("--layers must be 0, for all, or at least 2")
     further = (published - depths[0]) / max(1, depths[0] - depths[-1])
-    networks = {"dense": None, f"block {sparsity:.0%}": sparsity, f"shared {sparsity:.0%}": sparsity}
-    new = [partial(build, shape, share, dtype=args.dtype, shared=name.startswith("shared"))
-           for name, share in networks.items()]
-    models = [build_one(layers=depth, device=args.device) for depth in depths for build_one in new]
-    whole = [build_one(layers=0, device="meta") for build_one in new]
+    networks = {"dense": partial(build, shape, None), f"block {sparsity:.0%}": partial(build, shape, sparsity),
+                f"shared {sparsity:.0%}": partial(build, shape, sparsity, shared=True)}
+    models = [new(layers=depth, dtype=args.dtype, device=args.device) for depth in depths for new in networks.values()]
+    whole = [new(layers=0, dtype=args.dtype, device="meta") for new in networks.values()]
     sizes = [(weight_bytes(model), sum(weight.nbytes for weight in model.parameters())) for model in whole]
-    source = torch.ones(2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # more than caches hold
-    target = torch.empty_like(source)
+    source, target = torch.ones(2, 2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # beyond caches
     percentiles = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     for length in prompt_lengths:
         if compile:
@@ -213,8 +204,6 @@ def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1,
                          "bytes": read / sizes[0][0], "held": held / 1e9, "bandwidth": 1e3 * read / ms / copied,
                          "copy_gigabytes_per_second": copied / 1e9})
     draw(args, rows, "network", "prompt", "ms")
-    return (f"{shape}, {args.dtype}, {args.device}, {published} layers, from {depths}: one token, batch {batch_size}, "
-            f"{tokens} times{', compiled' * compile}")
 
 
 def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, max_batch_size=1024, seqlen=128,
@@ -240,10 +229,10 @@ def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, m
                 break
             best = row
         del model  # before the next is built
-        dense = best if sparsity is None else dense
+        if sparsity is None:
+            dense = best
         best["note"] = f"best: {best['speed'] / dense['speed']:.2f} of dense" if dense["speed"] else "best"
     draw(args, rows, "network", "batch", "speed", "log", "log")
-    return f"{shape}, {layers or 'all'} layers, {args.dtype}, {args.device}: sequences of {seqlen} tokens"
 
 
 @torch.no_grad()
@@ -253,7 +242,7 @@ def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repe
     if "experts" in slicegpt.architecture(dense.config).ffn.W_in:
         raise SliceGPTError("the products of experts are not measured here")
     random = partial(torch.randn, dtype=args.dtype, device=args.device)
-    why_not = ""  # there is no 2:4 product
+    why_not = None  # there is no 2:4 product
     for tokens in batch_sizes:
         products = {}  # name: {kind: function}
         for before, after in zip(stages(dense), stages(sliced)):
@@ -267,7 +256,7 @@ def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repe
                     nn.functional.linear(x, W, linear.bias)
                     products[path]["sparse"] = partial(nn.functional.linear, x, W, linear.bias)
                 except Exception as error:  # torch has many ways to say that it has no such product
-                    why_not = f"\n2:4: torch has no such product here ({slicegpt.first_line(error)})"
+                    why_not = f"2:4: torch has no such product here ({slicegpt.first_line(error)})"
             X = random(tokens, len(after.shortcut))
             products[after.shortcut_name] = {"sliced": partial(torch.matmul, X, after.shortcut)}
         total = {"dense": 0, "sliced": 0, "sparse": 0}
@@ -282,16 +271,15 @@ def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repe
     for row in rows:
         for kind in ("sliced", "sparse"):
             row[f"{kind}_time"] = row[kind] / row["dense"] if row[kind] and row["dense"] else None
-    return (f"{shape}, {args.dtype}, {args.device}: a layer's matrix products in ms, {repeat} times each, "
-            f"sliced {sparsity:.0%}{why_not}")
+    return why_not
 
 
 def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=0.25, layers=0, batch_size=8,
          samples=(4, 8), seqlen=512, finetune=4, repeat=1):
-    """Table 3: seconds and peak GB of slicing and of RFT (by --finetune sequences), beside a dense forward pass.
+    """Table 3: seconds and peak GB of slicing (ratio: to a dense forward pass) and of RFT, by --finetune sequences.
 
-    Medians of --repeat rounds, after one that warms up. In each, a new network runs on the --samples, with and without
-    its head, which slicing needs not; is sliced by them; and is trained (set up, a step for 4 sequences, merged).
+    Medians of --repeat rounds, after one that warms up. A new network runs on the --samples, with head (forward) and
+    without (body), as slicing needs none; is sliced by them; and is trained (set up, a step for 4 sequences, merged).
     """
     if finetune:
         slicegpt.optional("peft")  # raises, before the work, if it is not there; --finetune 0 does without
@@ -299,7 +287,6 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
     def forward(network, tokens):
         for batch in tokens.split(batch_size):
             network(batch.to(args.device), use_cache=False)
-
     for shape, count in itertools.product(shapes, samples):
         tokens, tokens_of_rft = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
         rounds = []
@@ -322,12 +309,9 @@ def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=
             del model, works, work  # before the next is built
         rows.append(row | {key: median(costs[key] for costs in rounds[1:]) for key in rounds[0]})
     draw(args, rows, "shape", "tokens", "slicing", "log", "log")
-    return (f"{args.dtype}, {args.device}, {layers or 'all'} layers: seconds, and GB at the peak, the medians "
-            f"of {repeat}; sparsity {sparsity:.0%}, RFT by {finetune} sequences")
 
 
 # ---- Quality --------------------------------------------------------------------------------------------------------
-
 def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
     """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
 
@@ -376,23 +360,19 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
         for hook in hooks:
             hook.remove()
         for linear in linears:
-            W = prune(slicegpt.matrix(linear), H.pop(linear))
-            slicegpt.set_matrix(linear, W)  # the bias stays
-            zeros += W.numel() // 2
+            slicegpt.set_matrix(linear, prune(slicegpt.matrix(linear), H.pop(linear)))  # the bias stays
+            zeros += linear.weight.numel() // 2
         slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
     return zeros
 
 
 def read_model(args) -> tuple:
-    """(model, slicegpt.Inputs, batch_size and device, title) that the options ask for; those left out are filled in."""
+    """(model, slicegpt.Inputs, batch_size and device) that the options ask for; those left out are filled in."""
     inputs = slicegpt.read_inputs(args)
-    title = args.model
-    if inputs.calibration is not None:
-        title += f", calibrated on {len(inputs.calibration)} x {args.seqlen} tokens of {args.calibration}"
-    elif args.command is not tasks:
+    if inputs.calibration is None and args.command is not tasks:
         raise SliceGPTError(f"{args.model} is sliced already")
     model = slicegpt.load(args.model, inputs.dtype)[0].eval()
-    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}, title
+    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
 
 
 PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
@@ -400,22 +380,18 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
     "opt-2.7b": (12.46, 14.90, 12.75, 13.73, 14.56, 15.83), "opt-6.7b": (10.85, 13.00, 10.92, 11.48, 11.90, 12.51),
     "opt-13b": (10.12, 11.80, 10.27, 10.66, 10.94, 11.33), "opt-30b": (9.56, 10.53, 9.65, 9.87, 10.04, 10.27),
     "opt-66b": (9.33, 10.22, 9.43, 9.57, 9.68, 9.85), "llama-2-7b": (5.47, 8.69, 5.89, 6.64, 7.24, 8.12),
-    "llama-2-13b": (4.88, 7.07, 5.21, 5.81, 6.30, 6.99), "llama-2-70b": (3.32, 4.98, 3.69, 4.25, 4.60, 5.05),
-}
+    "llama-2-13b": (4.88, 7.07, 5.21, 5.81, 6.30, 6.99), "llama-2-70b": (3.32, 4.98, 3.69, 4.25, 4.60, 5.05)}
 
 
 def table1(args, rows, models: str = (), round_to=8):
     """Table 1: perplexity of --models (or --model), and in the paper, if a directory is named like a model of its."""
-    methods = {"dense": 0, "SparseGPT 2:4": None, "SliceGPT 10%": 0.1, "SliceGPT 20%": 0.2, "SliceGPT 25%": 0.25,
-               "SliceGPT 30%": 0.3}
+    methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {share:.0%}": share for share in (0.1, 0.2, 0.25, 0.3)}
     rows += [{"method": method} for method in methods]  # a model adds columns to all
-    titles = []
     points = []  # for --plot
     for name in models or [args.model]:
         label = name if Path(name).name in rows[0] else Path(name).name
-        asked = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as it is filled in for this model
-        model, inputs, layerwise, title = read_model(asked)
-        titles.append(f"{title}; perplexity on {len(inputs.evaluation)} sequences of {asked.eval}")
+        args.model = name
+        model, inputs, layerwise = read_model(args)
         paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
         for row, sparsity, published in zip(rows, methods.values(), paper):
             network = copy.deepcopy(model)
@@ -428,7 +404,6 @@ def table1(args, rows, models: str = (), round_to=8):
             row[f"{label} in the paper"] = published
             points.append({"model": label, "sparsity": sparsity, "perplexity": row[label]})
     draw(args, points, "model", "sparsity", "perplexity", y_scale="log")
-    return "\n".join(titles)
 
 
 def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", sparsity=0.25, limit=0, tasks_path=""):
@@ -441,14 +416,14 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
     names = tasks.replace(",", " ").split()
     for name in set(names) - set(manager.all_tasks):
         raise SliceGPTError(f"there is no task {name}")
-    model, inputs, layerwise, title = read_model(args)
+    model, inputs, layerwise = read_model(args)
     networks = ["sliced"] if inputs.calibration is None else ["dense", "sliced"]
     sliced_dimension(model.config.hidden_size, sparsity)  # raises for what cannot be, before the work
     for network in networks:
         with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
-            judged = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
+            lm = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
             results = slicegpt.optional("lm_eval").simple_evaluate(
-                judged, tasks=names, task_manager=manager, limit=limit or None)
+                lm, tasks=names, task_manager=manager, limit=limit or None)
             if not rows:
                 rows += [{"task": name} for name in results["results"] if not results["group_subtasks"].get(name)]
             for row in rows:
@@ -458,9 +433,7 @@ def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", 
                         f"{network}_error": found[f"{metric}_stderr,none"]}
         if network == "dense":
             slice_model(model, inputs.calibration, sparsity, **layerwise)
-            title += f", sliced {sparsity:.0%}"
     rows.append({"task": "average"} | {network: mean(row[network] for row in rows) for network in networks})
-    return f"{title}: accuracy and its standard error"
 
 
 def by_every_method(model, calibration, layerwise, sparsities, params, round_to, learn, seed) -> list[tuple]:
@@ -471,11 +444,7 @@ def by_every_method(model, calibration, layerwise, sparsities, params, round_to,
                   or by_sparsity for head in ("sliced", "tied")[:1 + tied]}  # of networks with one Q for all
     fused = copy.deepcopy(model)
     Q = slicegpt.shared_rotation(fused, calibration, **layerwise)  # of which each size takes the first columns
-
-    @cache  # a tied head may ask for the same as a sliced one
-    def rotation(columns: int, learned: bool) -> Tensor:
-        start = Q[:, :columns]
-        return slicegpt.learn_rotation(fused, calibration, start, learn, seed=seed) if learned else start
+    learned = cache(lambda columns: slicegpt.learn_rotation(fused, calibration, Q[:, :columns], learn, seed=seed))
 
     def spread(d: int) -> Tensor:  # it changes nothing (Theorem 1), but weights of one size lose less when rounded
         return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
@@ -486,14 +455,15 @@ def by_every_method(model, calibration, layerwise, sparsities, params, round_to,
         network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **layerwise)
         slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
         networks.append(("block", network, 0))
-    for learned, head in itertools.product([False, True] if learn else [False], dimensions):
+    for by_learning, head in itertools.product([False, True] if learn else [False], dimensions):
         for d in dimensions[head]:
             network = copy.deepcopy(model)
             columns = slicegpt.columns_to_keep(model.config, d, head)
-            slicegpt.rotate(network, rotation(columns, learned) @ spread(columns))
+            rotation = learned(columns) if by_learning else Q[:, :columns]  # cached: a tied head may ask once more
+            slicegpt.rotate(network, rotation @ spread(columns))
             if head == "tied":
                 slicegpt.tie_head(network, calibration)
-            method = "shared" + ", learned" * learned + ", tied" * (head == "tied")
+            method = "shared" + ", learned" * by_learning + ", tied" * (head == "tied")
             networks.append((method, slicegpt.standard(network)[0], 0))
     return networks
 
@@ -519,9 +489,9 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: float = (), round_to
 
     block is the paper's; shared, one Q for all, learned by --learn steps; tied, with one matrix for embedding and head.
     --params: sizes of the shared ones, as shares of the dense parameters, not --sparsities. --eval-also: a second text.
-    --formats: of llama.cpp, such as Q8_0, that matrices are rounded to; sliced networks are turned at random before.
+    --formats: those of llama.cpp, such as Q8_0, that matrices are rounded to.
     """
-    model, inputs, layerwise, title = read_model(args)
+    model, inputs, layerwise = read_model(args)
     widths = {W.shape[-1] for W in model.parameters() if W.dim() > 1} | {round_to}
     for format, width in itertools.product(formats, widths):
         rounded(nn.Embedding.from_pretrained(torch.zeros(1, width)), format)  # raises for rows that it cannot have
@@ -548,33 +518,29 @@ def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: float = (), round_to
             row[f"{format} GB/token"] = smaller * row["gigabytes"]
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
     draw(args, rows, "method", "parameters", "perplexity", y_scale="log")
-    return (f"{title}; perplexity on {samples} sequences of {args.eval}; one token on {inputs.device}, batch 1.\n"
-            "2:4: parameters that are not zero, bytes in an accelerator's 2:4 format, the time of dense products"
-            + "\nFormats: sliced networks, but not the dense one, are turned at random before rounding" * bool(formats))
+    return (f"{inputs.device}, {model.dtype}; 2:4: weights that are not zero, bytes in a 2:4 format, the time of dense "
+            "products; formats: sliced networks, but not the dense one, are turned at random before rounding")
 
 
 @torch.no_grad()
 def spectrum(args, rows):
     """Figure 8: eigenvalues of the FFN's inputs, for --json and --plot; printed: how many have so much of their sum."""
-    model, inputs, layerwise, title = read_model(args)
+    model, inputs, layerwise = read_model(args)
     slicegpt.fuse(model)
     parts = slicegpt.architecture(model.config)
     norm = model.get_submodule(parts.norm)  # fused, all norms are alike
     for stage, X in slicegpt.signals(model, inputs.calibration, **layerwise):
         if stage is not None and parts.ffn in stage.blocks:
-            C = slicegpt.covariance_of(X, norm, stage, **layerwise)
-            eigenvalues = slicegpt.pca(C)[0].clamp_min(0).cpu()
+            eigenvalues = slicegpt.pca(slicegpt.covariance_of(X, norm, stage, **layerwise))[0].clamp_min(0).cpu()
             kept = {f"{share:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - share, round_to=1)
                     for share in (0.9, 0.99, 0.999)}
             rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | kept)
     points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
               for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
     draw(args, points, "layer", "component", "eigenvalue / largest", y_scale="log")
-    return f"{title}: of {model.config.hidden_size} directions in the FFN's inputs, how many have so much variance"
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
-
 SPEED = (latency, throughput, ops, cost)
 REAL = (table1, tasks, quality, spectrum)
 
@@ -591,24 +557,24 @@ def run(args):
         args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
     torch.manual_seed(0)
     rows = []
-    title = "measured before it ended:"
+    note = "measured before it ended"
+    options = inspect.signature(args.command).parameters
     try:
-        title = args.command(args, rows, **{name: getattr(args, name) for name in args.options})
+        note = args.command(args, rows, **{name: value for name, value in vars(args).items() if name in options})
     finally:
         if rows:
-            show(args, title, rows)
+            show(args, note, rows)
 
 
 def main(argv=None) -> int:
     """The exit code, see `slicegpt.exit_code`."""
-    parser = argparse.ArgumentParser("bench.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
     for command in SPEED + REAL:
         subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
         add = subparser.add_argument
         _, _, *options = inspect.signature(command).parameters.values()  # behind args and rows
-        subparser.set_defaults(command=command, options=[option.name for option in options], plot=None)
+        subparser.set_defaults(command=command, plot=None)
         if command in REAL:
             slicegpt.add_inputs(add)
         else:
