@@ -20,6 +20,7 @@ A command is a function with its options as parameters behind `args`, the shared
 import argparse
 import contextlib
 import copy
+import gc
 import inspect
 import io
 import itertools
@@ -69,6 +70,7 @@ def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared
     """A network of a published shape, with `layers` (0: all): dense (sparsity None), or sliced (shared: by one Q)."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
+    gc.collect()  # an earlier network that was sliced is a cycle: its layers hold their stages, and these the layers
     with torch.device(device):
         if sparsity is None:
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -70,6 +70,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -724,22 +725,29 @@ def rotations(model, Q, device) -> Iterator[Tensor]:
     if model.config.slicegpt.get("tied"):  # beyond the paper, see `tie_head`
         raise SliceGPTError("its head is tied to its embedding: rotate it before `tie_head`")
     widths = model.config.slicegpt["dimensions"]
+    wrong = SliceGPTError(f"this model's rotations have {widths} rows, and are matrices of finite real numbers")
     Qs = [Q] * len(widths) if isinstance(Q, Tensor) else Q
     if not isinstance(Qs, Iterator):
-        Qs = list(Qs)
-        if [len(Q_of_signal) for Q_of_signal in Qs] != widths:
-            raise SliceGPTError(f"this model's rotations have {widths} rows")
+        Qs = list(Qs) if isinstance(Qs, Iterable) else [Qs]
+        if len(Qs) != len(widths) or not all(map(is_rotation, Qs, widths)):
+            raise wrong
         check_width(model.config, len({Q_of_signal.shape[1] for Q_of_signal in Qs}) == 1)
 
     def checked():
         remaining = iter(Qs)
         for width in widths:
             Q_of_signal = next(remaining, None)
-            if Q_of_signal is None or len(Q_of_signal) != width:
-                raise SliceGPTError(f"this model's rotations have {widths} rows")
+            if not is_rotation(Q_of_signal, width):
+                raise wrong
             yield Q_of_signal.to(device or model.device, torch.float64)
 
     return checked()
+
+
+def is_rotation(Q, rows: int) -> bool:
+    """Whether Q is a real matrix with so many rows, at least one column and finite entries."""
+    return (isinstance(Q, Tensor) and Q.dim() == 2 and len(Q) == rows and Q.shape[1] > 0 and Q.is_floating_point()
+            and (Q.is_meta or bool(Q.isfinite().all())))
 
 
 def take_shape(model, shape: dict):
@@ -788,7 +796,9 @@ def check_row(model):
     for _, stages_of_layer in itertools.groupby(stages_with_args, attrgetter("number")):
         right = right and layer_is_its_stages([*stages_of_layer], X)
     if not right:
-        raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: fused, it computes something else")
+        finite = all(W.isfinite().all() for W in model.parameters())
+        reason = "fused, it computes something else" if finite else "its weights are not finite"
+        raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: {reason}")
 
 
 def head_reads_last_norm(model, tokens: Tensor, X: Tensor) -> bool:
@@ -825,8 +835,15 @@ def layer_is_its_stages(stages_of_layer: list[Stage], X: Tensor) -> bool:
     return error.median() <= 1e-3 * added.median()
 
 
+def check_whole(config):
+    """Raises SliceGPTError if the model has no shape, which `take_shape` stores in the end."""
+    if getattr(config, "slicegpt", None) == {}:
+        raise SliceGPTError("an error left it half fused or half rotated: load it again")
+
+
 def check_tokens(config, tokens: Tensor):
     """Raises SliceGPTError if these are no tokens (samples, N), int64, or such a model cannot take them."""
+    check_whole(config)
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
         found = f"{tokens.dtype} of shape {(*tokens.shape,)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise SliceGPTError(f"tokens must be a tensor of int64, of shape (samples, N), and not {found}")
@@ -843,8 +860,8 @@ def check_tokens(config, tokens: Tensor):
 
 def check_positive(**values: int):
     for name, value in values.items():
-        if value < 1:
-            raise SliceGPTError(f"{name} must be at least 1, not {value}")
+        if not isinstance(value, int) or value < 1:
+            raise SliceGPTError(f"{name} must be at least 1, not {value}, and an integer")
 
 
 def check_sliceable(config, calibration: Tensor):
@@ -935,6 +952,8 @@ def perplexity(model, tokens: Tensor, batch_size: int | None = None, device=None
     check_tokens(model.config, tokens)
     if tokens.shape[1] < 2:
         raise SliceGPTError("perplexity needs sequences of at least 2 tokens")
+    if batch_size is not None:
+        check_positive(batch_size=batch_size)
     device = device or model.device
     model.eval()
     loss_and_count = torch.zeros(2, dtype=torch.float64, device=device)
@@ -1013,6 +1032,7 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
     finite, SliceGPTError is raised, and the weights stay what they were.
     """
     check_tokens(model.config, tokens)
+    check_positive(batch_size=batch_size)
     peft, parts = optional("peft"), architecture(model.config)
     targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
     targets = targets or [path.rpartition(".")[2] for path in parts.attention.W_in.split()]
@@ -1023,7 +1043,8 @@ def finetune(model, tokens: Tensor, batch_size: int = 4, learning_rate: float = 
             model.activation_checkpointing_enable({"use_reentrant": False})
         try:
             train(adapted, tokens.split(batch_size), learning_rate, "recovery fine-tuning")
-            adapted.merge_and_unload()
+            with uninterrupted():
+                adapted.merge_and_unload()
         finally:
             adapted.unload()  # after an error; it does nothing after merging
             model.activation_checkpointing_disable()
@@ -1085,6 +1106,8 @@ def learn_rotation(model, calibration: Tensor, Q: Tensor, steps: int, *, learnin
     """
     check_positive(steps=steps, batch_size=batch_size)
     check_sliceable(model.config, calibration)
+    if not is_rotation(Q, model.config.hidden_size):
+        raise SliceGPTError(f"Q must be a matrix with {model.config.hidden_size} rows, of finite real numbers")
     fuse(model)
     calibration = all_samples(calibration)
     length = min(256, calibration.shape[1])
@@ -1336,6 +1359,31 @@ def share(samples: Tensor, even: bool = False) -> Tensor:
     return samples[dist.get_rank()::dist.get_world_size()]
 
 
+@contextlib.contextmanager
+def uninterrupted():
+    """Inside, a first Ctrl-C or SIGTERM waits for the end; a second one does not."""
+    import signal
+    received = []
+
+    def wait(number, frame):
+        restore()
+        received.append(number)
+        warn("it is about to end; once more ends it at once")
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that gets signals
+    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+    try:
+        yield
+    finally:
+        restore()
+    for number in received:
+        signal.raise_signal(number)
+
+
 def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -1431,6 +1479,7 @@ class SlicedForCausalLM:
         The last norm gets a weight of no size: Hugging Face's own class stops there, instead of loading the model
         without its shortcuts.
         """
+        check_whole(self.config)
         if kwargs.get("push_to_hub"):
             raise SliceGPTError("it would lack slicegpt.py on the hub: use push_to_hub() of the model")
         weights = kwargs.pop("state_dict", None) or self.state_dict()
@@ -1474,8 +1523,11 @@ def become_sliced(model):
         raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
     if not isinstance(model, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
         raise SliceGPTError(f"a {type(model).__name__} is not one of transformers' causal language models")
-    if hasattr(model.config, "slicegpt"):  # but without a shape, which `take_shape` stores in the end
-        raise SliceGPTError("an error left it half fused or half rotated: load it again")
+    check_whole(model.config)
+    if any(W.is_meta for W in model.parameters()) and model.device.type != "meta":
+        raise SliceGPTError("some of its weights are elsewhere: load it without device_map, and pass `device`")
+    if any(type(W.data) is not Tensor for W in model.parameters()):
+        raise SliceGPTError("its weights are quantised (slice the original and quantise the result)")
     check_row(model)
     shared, config = model.config, copy.deepcopy(model.config)
     for module in model.modules():  # other models may have been made from the same config
@@ -1563,6 +1615,7 @@ def save(model, tokenizer, path):
     """
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise SliceGPTError("save needs the model's tokenizer, too; model.save_pretrained(path) writes just the model")
+    check_whole(model.config)
     path = Path(path).resolve()
     folder = unfinished(path)
     with failing(f"cannot save to {path}"):
@@ -1652,6 +1705,15 @@ def failing(what: str, hint: str = ""):
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             error = error.__context__  # torch.save stumbles over the disk's error once more
         raise SliceGPTError(f"{what}: {first_line(error)}" + (f"; {hint}" if hint else "")) from error
+
+
+@contextlib.contextmanager
+def naming(what: str):
+    """Inside, a SliceGPTError says in front what it is about."""
+    try:
+        yield
+    except SliceGPTError as error:
+        raise SliceGPTError(f"{what}: {error}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -1757,13 +1819,13 @@ def find_device(name: str | None) -> torch.device:
 class Inputs:
     """What the options of `add_inputs` ask for, but for the weights."""
     device: torch.device
-    dtype: torch.dtype  # to compute in
-    saved_in: torch.dtype  # the type of the result: the model's own, if that is narrower and none is asked for
+    dtype: torch.dtype | str  # to compute in, as `load` takes it
     config: transformers.PreTrainedConfig
     tokenizer: transformers.PreTrainedTokenizerBase
     calibration: Tensor | None  # all tokens (samples, seqlen); None for a model that is sliced already
     evaluation: Tensor  # likewise
     finetuning: Tensor | None = None  # likewise
+    saved_in: torch.dtype | None = None  # the type of the result, see `slice_and_measure`
 
 
 def read_inputs(args) -> Inputs:
@@ -1772,28 +1834,27 @@ def read_inputs(args) -> Inputs:
     args.calibration, args.eval = args.calibration or text, args.eval or text
     device = find_device(args.device)
     config, tokenizer, *_ = describe(args.model)
-    dtype = saved_in = getattr(torch, args.dtype) if args.dtype else config.dtype or torch.float32
-    if not args.dtype and device.type == "cpu":
-        dtype = torch.float32
-        saved_in = min(dtype, saved_in, key=attrgetter("itemsize"))
+    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else "auto"
     args.seqlen = args.seqlen or min(2048, positions(config))
     calibration = None
     if not hasattr(config, "slicegpt"):
-        calibration = tokenize(tokenizer, read_text(args.calibration, False), args.seqlen, args.samples, args.seed)
-        check_tokens(config, calibration)
-        warn_of_fewer(calibration, args.samples, args.calibration)
+        calibration = tokens_of(args.calibration, config, tokenizer, args.seqlen, args.samples, args.seed)
         if calibration.numel() < 8 * config.hidden_size:
             warn(f"{calibration.numel()} calibration tokens are few for {config.hidden_size} dimensions: with fewer "
                  "than 8 for each, slicing costs much more than it must")
-    evaluation = tokenize(tokenizer, read_text(args.eval, True), args.seqlen, args.eval_samples)
-    check_tokens(config, evaluation)
-    warn_of_fewer(evaluation, args.eval_samples or 0, args.eval)
-    return Inputs(device, dtype, saved_in, config, tokenizer, calibration, evaluation)
+    evaluation = tokens_of(args.eval, config, tokenizer, args.seqlen, args.eval_samples, evaluation=True)
+    return Inputs(device, dtype, config, tokenizer, calibration, evaluation)
 
 
-def warn_of_fewer(tokens: Tensor, asked: int, text: str):
-    if len(tokens) < asked:
-        warn(f"{text} has {len(tokens)} sequences of {tokens.shape[1]} tokens, and not {asked}")
+def tokens_of(name, config, tokenizer, seqlen, samples, seed=None, evaluation=False) -> Tensor:
+    """The tokens (samples, seqlen) of a text, which the model can take; with a warning, if there are fewer."""
+    text = read_text(name, evaluation)
+    with naming(name):
+        tokens = tokenize(tokenizer, text, seqlen, samples, seed)
+        check_tokens(config, tokens)
+    if samples and len(tokens) < samples:
+        warn(f"{name} has {len(tokens)} sequences of {seqlen} tokens, and not {samples}")
+    return tokens
 
 
 def warn(message: str):
@@ -1845,17 +1906,9 @@ def dimension_asked(args, config) -> int | None:
     return d
 
 
-def finetuning_tokens(args, inputs: Inputs) -> Tensor:
-    """Those of --finetune, from the calibration text, in sequences of 1024 tokens, if the model takes as many."""
-    seqlen = min(1024, positions(inputs.config))
-    tokens = tokenize(inputs.tokenizer, read_text(args.calibration, False), seqlen, args.finetune, args.seed)
-    warn_of_fewer(tokens, args.finetune, args.calibration)
-    return tokens
-
-
 def check_results(args, inputs: Inputs):
     """Raises SliceGPTError, before hours of work, if what comes of it cannot be written."""
-    with failing(f"cannot continue the prompt {args.prompt!r}"):
+    with naming("--prompt"):
         check_tokens(inputs.config, torch.tensor([inputs.tokenizer(args.prompt).input_ids], dtype=torch.int64))
     if args.save:
         with failing("cannot save such a model"), tempfile.TemporaryDirectory() as folder:
@@ -1866,6 +1919,8 @@ def check_results(args, inputs: Inputs):
             raise SliceGPTError("--save of a quantised model: save before it is quantised")
         check_free(args.save)
     if args.report:
+        if args.save and args.report.resolve().is_relative_to(args.save.resolve()):
+            raise SliceGPTError("--report must be outside of --save")
         with failing(f"cannot write {args.report}"):
             open(args.report, "a").close()
 
@@ -1876,6 +1931,7 @@ class Outcome:
     figures: dict = field(default_factory=dict)  # a column for each model: dense, sliced, finetuned
     model: PreTrainedModel | None = None
     is_sliced: bool = False
+    is_finetuned: bool = False
     not_standard: str = "it was sliced before"  # why it is no standard checkpoint, if it is none
     seconds: float | None = None  # that slicing took
 
@@ -1886,7 +1942,8 @@ def run(args):
     inputs, outcome = read_inputs(args), Outcome()
     d = dimension_asked(args, inputs.config)
     if args.finetune:
-        inputs.finetuning = finetuning_tokens(args, inputs)
+        inputs.finetuning = tokens_of(args.calibration, inputs.config, inputs.tokenizer,
+                                      min(1024, positions(inputs.config)), args.finetune, args.seed)
     check_results(args, inputs)
     with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
         try:
@@ -1897,12 +1954,21 @@ def run(args):
                     report(args, inputs, d, outcome)
                 finally:
                     if args.save and outcome.is_sliced:
-                        save_result(args, inputs, outcome)
+                        interrupted = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit))
+                        with contextlib.nullcontext() if interrupted else uninterrupted():
+                            save_result(args, inputs, outcome)
 
 
 def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
     """Load, measure, slice, measure again, fine-tune, measure again."""
-    outcome.model, _ = load(args.model, "auto" if args.stream else inputs.dtype)
+    quantised = hasattr(inputs.config, "quantization_config")
+    outcome.model, _ = load(args.model, inputs.dtype if quantised else "auto")
+    came_in = outcome.model.dtype
+    if inputs.dtype == "auto":
+        inputs.dtype = came_in
+    inputs.saved_in = inputs.dtype
+    if not args.dtype and came_in in (torch.float16, torch.bfloat16):  # computed in float32, but saved as it came
+        inputs.saved_in = came_in
     if args.save and d:
         check_room(args.save, parameters(outcome.model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
     if inputs.calibration is not None:
@@ -1917,6 +1983,7 @@ def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
     outcome.figures["sliced"] = measure(args, inputs, outcome.model)
     if inputs.finetuning is not None:
         finetune(outcome.model.to(inputs.device), share(inputs.finetuning, even=True), seed=args.seed)
+        outcome.is_finetuned = True
         outcome.figures["finetuned"] = measure(args, inputs, outcome.model)
 
 
@@ -1942,10 +2009,13 @@ def measure(args, inputs: Inputs, model) -> dict:
 
 def convert(model, dtype: torch.dtype):
     """Gives the weights another type; but not those of quantised models, nor what transformers keeps in float32."""
+    if hasattr(model.config, "quantization_config"):
+        return
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()  # routers, such as "gate.weight"
     for name, W in model.named_parameters():
-        if W.dtype != dtype and not hasattr(model.config, "quantization_config") and not any(k in name for k in kept):
+        if W.dtype != dtype and not any(part in name for part in kept):
             W.data = stored(W, like=W.new_empty(0, dtype=dtype))
+    ungroup_experts_if_need_be(model, model.get_input_embeddings().weight.shape[1])
 
 
 def slice_as_asked(args, inputs: Inputs, d: int | None, model) -> tuple[PreTrainedModel, str]:
@@ -2002,11 +2072,17 @@ def save_result(args, inputs: Inputs, outcome: Outcome):
         path = path.resolve().with_name(f"{path.resolve().name}-{os.getpid()}")
         warn(f"{error}; it is saved to {path}")
     convert(model, inputs.saved_in)
-    save(model, inputs.tokenizer, path)
+    try:
+        save(model, inputs.tokenizer, path)
+    except (KeyboardInterrupt, SystemExit):
+        warn("the sliced model is not saved")
+        raise
+    if outcome.is_finetuned and "finetuned" not in outcome.figures:
+        warn("the model that is saved is fine-tuned, and was not measured")
     kind = f"an ordinary {model.config.model_type} model"
     if outcome.not_standard:
         kind = f"to load with trust_remote_code=True, as {outcome.not_standard}"
-    size = sum(file.stat().st_size for file in path.iterdir())
+    size = sum(file.stat().st_size for file in path.resolve().iterdir())
     print(f"\nsaved to {path}, {kind}; {str(model.dtype).removeprefix('torch.')}, {size:,} bytes")
 
 
