@@ -824,6 +824,10 @@ def tiny(tmp_path_factory):
     tiny_network().float().save_pretrained(path / "mute")
     for name in ("sliced", "more"):
         save(sliced_network().float(), tiny_tokenizer(), path / name)
+    shutil.copytree(path / "sliced", path / "quantised")
+    config = json.loads((path / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (path / "quantised" / "config.json").write_text(json.dumps(config))
     (path / "adapters" / "adapter_config.json").write_text("{}")
     (path / "bin" / "model.safetensors").rename(path / "bin" / "pytorch_model.bin")
     (path / "cut" / "model.safetensors").write_bytes((path / "model" / "model.safetensors").read_bytes()[:-100])
@@ -1756,6 +1760,7 @@ def test_the_program_slices_each_signal_by_its_variance_if_asked(tiny, tmp_path)
     ("--calibration {path}", "cannot read the text {path}: [Errno 21] Is a directory"),
     ("--calibration {path}/latin", "cannot read the text {path}/latin: 'utf-8' codec can't decode byte 0xe4"),
     ("--model {path}/adapters", "it has adapters; merge them"),
+    ("--model {path}/quantised", "--save of a quantised model: save before it is quantised"),
     ("--model {path}/mute", "its tokenizer makes no tokens of a text"),
     ("--model {path}/cut", "cannot load {path}/cut: "),
     ("--model {path}/cut --stream", "cannot load {path}/cut: "),
@@ -1861,30 +1866,14 @@ def test_routers_that_transformers_keeps_in_float32_stay_so(tiny, tmp_path):
 
 # ---- What goes wrong costs neither the model nor the figures --------------------------------------------------------
 
-def test_a_disk_without_room_is_found_out_before_the_work(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+@pytest.mark.parametrize("owner, name, instead, message", [
+    (shutil, "disk_usage", lambda _: SimpleNamespace(free=1000), " bytes, and 1,000 are free\n"),
+    (transformers.PreTrainedTokenizerFast, "save_pretrained", lambda *_: 1 / 0,
+     "slicegpt: cannot save such a model: division by zero\n")])
+def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monkeypatch, owner, name, instead, message):
+    monkeypatch.setattr(owner, name, instead)
     code, out, err = command(*on(tiny), "--save", tmp_path / "sliced")
-    assert (code, out) == (2, "") and err.endswith(" bytes, and 1,000 are free\n")
-
-
-def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monkeypatch):
-    def save_pretrained(*_):
-        raise NotImplementedError("such a tokenizer")
-
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save_pretrained)
-    monkeypatch.setattr(slicegpt, "load", None)
-    code, _, err = command(*on(tiny), "--save", tmp_path / "sliced")
-    assert (code, err) == (2, "slicegpt: cannot save such a model: such a tokenizer\n")
-
-
-def test_a_quantised_model_is_not_saved_again_and_that_is_said_before_the_work(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(slicegpt, "load", None)
-    shutil.copytree(tiny / "sliced", tmp_path / "quantised")
-    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
-    code, out, err = command(*on(tiny, tmp_path / "quantised"), "--save", tmp_path / "sliced")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "--save of a quantised model" in err
+    assert (code, out) == (2, "") and err.endswith(message)  # no figures, not even of the dense model
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
@@ -1962,11 +1951,12 @@ def test_a_disk_that_fills_up_costs_neither_an_earlier_save_nor_the_figures(tiny
 
     4000 bytes are too few for the saved weights, and with --stream for a signal; 11,500 for the saved weights only.
     """
-    arguments = [*on(tiny), "--samples", 6, *flags, "--report", tmp_path / "json", "--save"]
+    arguments = [*on(tiny), *flags, "--save"]
     assert command(*arguments, tmp_path / "good")[0] == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
     for limit in limits:
-        assert in_a_process(run_with_small_files, limit, tmp_path / "err", [*arguments, tmp_path / "new"]) == 2
+        asked = [*arguments, tmp_path / "new", "--report", tmp_path / "json"]
+        assert in_a_process(run_with_small_files, limit, tmp_path / "err", asked) == 2
         assert (tmp_path / "err").read_text().splitlines()[-1].startswith(f"slicegpt: cannot save to {tmp_path}")
         assert not (tmp_path / "new").exists()
     assert json.loads((tmp_path / "json").read_text())["sliced_perplexity"] > 1
