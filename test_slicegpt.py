@@ -11,7 +11,7 @@ in float64 by `Double`. "The same" means a relative error below 1e-11, unless th
     What cannot be done is refused   with a reason, before anything has changed
     An accelerator; the command line; what goes wrong; several processes; larger than memory; real models; bench.py
 
-`python -m pytest test_slicegpt.py` takes some 5 minutes. Once, 45 seconds of them train the demo model, which is kept
+`python -m pytest test_slicegpt.py` takes 5 to 10 minutes. Once, 45 seconds more train the demo model, which is kept
 in the user's cache; what needs a package that is not installed is skipped.
 
     family          one of Hugging Face's model types, such as opt: a row of the table ARCHITECTURES in slicegpt.py
