@@ -19,8 +19,10 @@ in the user's cache; what needs a package that is not installed is skipped.
     stage           a step X <- X + Z, by one block, or by both blocks of a layer in which they are parallel
     X (.., D)       a signal: what the embeddings give, and then what each stage leaves; the norms read it
     D, d            its width in the network as it comes, and sliced; config.slicegpt["dimensions"] has that of each
-    reader, writer  a module whose matrix multiplies what a norm gives: W_in of a block, or the head; a module whose
-                    matrix makes what is added to the signal: W_out of a block
+    N, V            tokens of a sequence, size of the vocabulary
+    one_width       a family, such as GPT-2, whose signals must all be as wide as each other
+    reader          a module whose matrix multiplies what a norm gives: W_in of a block, or the head
+    writer          a module whose matrix makes what is added to the signal: W_out of a block
     head            the last matrix, which gives the logits; it is sliced, or reads all D dimensions ("full")
     matrix(module)  its W as the paper has it: a reader has a row for each dimension of the signal, a writer a column
     Q (D, d), C     the columns of a rotation that are kept (d = D: all); X^T X, whose eigenvectors they are
