@@ -365,7 +365,7 @@ def pca(C: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- 3.4 Slicing: how many dimensions to keep -----------------------------------------------------------------------
 #
-# The deletion itself is Q[:, :d], in `principal_components`: W_embd, W_in, W_out, W_head and S shrink because Q does.
+# The deletion itself is Q[:, :d], in `slice_model`: W_embd, W_in, W_out, W_head and S shrink because Q does.
 
 def sliced_dimension(D: int, sparsity: float, round_to: int = 8) -> int:
     """d = (1 - sparsity) D, rounded down to a multiple of `round_to`, as in the authors' code; sparsity 0 keeps all D.
@@ -1201,7 +1201,8 @@ def standard(model) -> tuple[PreTrainedModel, str]:
     signal is divided by it, and the norms get it as their weight. A LayerNorm does the same to a signal whose mean is
     0, which `into_mean_zero` achieves. All this is done in place: the given model is used up, unless it is returned.
     """
-    if not getattr(model.config, "slicegpt", None):
+    check_whole(model.config)
+    if not hasattr(model.config, "slicegpt"):
         raise SliceGPTError("a dense model is a standard one; this is for sliced ones")
     shape, parts = model.config.slicegpt, architecture(model.config)
     if shape["shortcuts"]:
@@ -1524,7 +1525,7 @@ def become_sliced(model):
     if not isinstance(model, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
         raise SliceGPTError(f"a {type(model).__name__} is not one of transformers' causal language models")
     check_whole(model.config)
-    if any(W.is_meta for W in model.parameters()) and model.device.type != "meta":
+    if any(W.is_meta for W in model.parameters()) and any(hasattr(part, "_hf_hook") for part in model.modules()):
         raise SliceGPTError("some of its weights are elsewhere: load it without device_map, and pass `device`")
     if any(type(W.data) is not Tensor for W in model.parameters()):
         raise SliceGPTError("its weights are quantised (slice the original and quantise the result)")
@@ -1602,8 +1603,8 @@ def describe(name, **options) -> tuple:
         config = AutoConfig.from_pretrained(path, **files, **options)
         architecture(config)
         tokenizer = AutoTokenizer.from_pretrained(path, **files, **options)
-        if not tokenizer("The text", add_special_tokens=False).input_ids:
-            raise ValueError("its tokenizer makes no tokens of a text; are its files missing?")
+        if not {*tokenizer("The text").input_ids} - {*tokenizer.all_special_ids}:
+            raise ValueError("its tokenizer makes nothing of a text; are its files missing?")
         return config, tokenizer, path, files
 
 

@@ -45,6 +45,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -823,7 +824,7 @@ def tiny(tmp_path_factory):
         checkpoint(tiny_network().float(), path / name)
     checkpoint(tiny_network(tie_word_embeddings=True).float(), path / "tied")
     checkpoint(tiny_network(vocab_size=9).float(), path / "few")
-    tiny_network().float().save_pretrained(path / "mute")
+    tiny_network("opt").float().save_pretrained(path / "mute")
     for name in ("sliced", "more"):
         save(sliced_network().float(), tiny_tokenizer(), path / name)
     shutil.copytree(path / "sliced", path / "quantised")
@@ -1504,8 +1505,10 @@ def test_a_class_that_only_looks_like_a_known_one_is_refused_and_stays_as_it_was
         assert same_weights(model, before) and not hasattr(model.config, "slicegpt")
 
 
-@pytest.mark.parametrize("wrong", [lambda Q: Q[:-1], lambda Q: Q + Q[:1], lambda Q: [q[1:] for q in Q],
-                                   lambda Q: random_rotation(15, 0)])
+@pytest.mark.parametrize("wrong", [
+    lambda Q: Q[:-1], lambda Q: Q + Q[:1], lambda Q: [q[1:] for q in Q], lambda Q: random_rotation(15, 0),
+    lambda Q: None, lambda Q: [q.numpy() for q in Q], lambda Q: Q[0] * math.nan, lambda Q: Q[0][:, :0],
+    lambda Q: Q[0] + 0j, lambda Q: Q[0][0]])
 def test_wrong_rotations_are_refused_before_anything_is_rotated(wrong):
     model = tiny_network()
     expected = logits(model, BATCH)
@@ -1519,7 +1522,24 @@ def test_after_an_iterator_that_ends_early_the_model_is_refused():
     model = tiny_network()
     with pytest.raises(SliceGPTError, match="this model's rotations have"):
         rotate(model, iter([torch.eye(16)] * 4))
-    with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
+    for use in (fuse, lambda model: perplexity(model, random_tokens(2, 9)), lambda model: save(
+            model, tiny_tokenizer(), "x"), lambda model: model.save_pretrained("x"), standard, tie_head):
+        with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
+            use(model)
+
+
+@needs("accelerate")
+def test_a_model_whose_weights_are_elsewhere_is_refused():
+    model = tiny_network()
+    importlib.import_module("accelerate").cpu_offload(model)
+    with pytest.raises(SliceGPTError, match="some of its weights are elsewhere"):
+        slice_model(model, random_tokens(4, 8))
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = tiny_network()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(SliceGPTError, match="cannot slice a llama like this: its weights are not finite"):
         fuse(model)
 
 
@@ -1536,6 +1556,8 @@ def test_bad_arguments_are_refused_and_the_model_stays_dense():
             (partial(slice_model, model, tokens, discard_variance=1), "discard_variance must be at least 0 and below"),
             (partial(slice_model, model, tokens, round_to=0), "round_to must be at least 1, not 0"),
             (partial(slice_model, model, tokens, batch_size=0), "batch_size must be at least 1, not 0"),
+            (partial(slice_model, model, tokens, round_to=8.0), "round_to must be at least 1, not 8.0, and an integer"),
+            (partial(learn_rotation, model, tokens, torch.eye(15), 1), "Q must be a matrix with 16 rows"),
             (partial(learn_rotation, model, tokens, torch.eye(16), 0), "steps must be at least 1, not 0"),
             (partial(fuse, model.model), "a LlamaModel is not one of transformers' causal language models"),
             (partial(slice_model, classifier, tokens), "a LlamaForSequenceClassification is not one of"),
@@ -1758,12 +1780,12 @@ def test_the_program_slices_each_signal_by_its_variance_if_asked(tiny, tmp_path)
     ("--model facebook/opt-125m", "without a network, there are local directories, and demo"),
     ("--model ./nowhere", "cannot load ./nowhere: there is no such file or directory"),
     ("--model {path}/sliced --sparsity 0.3", "sliced already"),
-    ("--eval {path}/short", "too few for one sequence of 32"),
+    ("--eval {path}/short", "{path}/short: the text has only 9 tokens, too few for one sequence of 32"),
     ("--calibration {path}", "cannot read the text {path}: [Errno 21] Is a directory"),
     ("--calibration {path}/latin", "cannot read the text {path}/latin: 'utf-8' codec can't decode byte 0xe4"),
     ("--model {path}/adapters", "it has adapters; merge them"),
     ("--model {path}/quantised", "--save of a quantised model: save before it is quantised"),
-    ("--model {path}/mute", "backend tokenizer"),
+    ("--model {path}/mute", "its tokenizer makes nothing of a text; are its files missing?"),
     ("--model {path}/cut", "cannot load {path}/cut: "),
     ("--model {path}/cut --stream", "cannot load {path}/cut: "),
     ("--model {path}/less", "cannot load {path}/less: 1 weights are missing, among them model.norm.weight"),
@@ -1776,6 +1798,8 @@ def test_the_program_slices_each_signal_by_its_variance_if_asked(tiny, tmp_path)
     ("--save {path}/model", "exists and is not an empty directory"),
     ("--report {path}/nowhere/report.json", "cannot write {path}/nowhere/report.json: [Errno 2]"),
     ("--report {path}", "cannot write {path}: [Errno 21] Is a directory"),
+    ("--save {path}/new --report {path}/new/report.json", "--report must be outside of --save"),
+    ("--prompt=", "--prompt: there are no tokens"),
     ("--device meta", "cannot use --device meta"),
     ("--model demo --sparsity 0.999", "leaves none")])  # said before it is trained
 def test_bad_input_gets_one_clear_line_and_nothing_is_written(tiny, tmp_path, monkeypatch, wrong, message):
@@ -1861,9 +1885,18 @@ def test_a_model_that_has_become_too_large_for_its_type_is_saved_in_a_wider_one(
     model = tiny_network().half()
     model.model.norm.weight.data.fill_(6e4)  # which the head takes
     checkpoint(model, tmp_path / "model")
-    code, _, err = command(*options(tiny, tmp_path / "model"), "--save", tmp_path / "sliced")
+    code, _, err = command(*on(tiny, tmp_path / "model"), "--save", tmp_path / "sliced")
     assert code == 0 and "too large for torch.float16, so it is saved in torch.float32" in err
     assert {W.dtype for W in load(tmp_path / "sliced")[0].parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_whose_config_names_no_type_keeps_its_type(tiny, tmp_path):
+    checkpoint(tiny_network().half(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    results(*on(tiny, tmp_path / "model"), "--save", tmp_path / "new" / ".." / "sliced")  # a path by a detour
+    assert load(tmp_path / "sliced")[0].dtype == torch.float16
 
 
 def test_routers_that_transformers_keeps_in_float32_stay_so(tiny, tmp_path):
@@ -1888,24 +1921,48 @@ def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monke
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced(tiny, tmp_path, name, code, times):
-    """The first is sent while the sliced model is measured; a second, while it is saved, ends the program at once."""
+@pytest.mark.parametrize("measuring, saving, saved", [(1, 0, True), (0, 1, True), (0, 2, False), (1, 1, False)])
+def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced(
+        tiny, tmp_path, name, code, measuring, saving, saved):
+    """But a second one ends the program at once. They are sent while the sliced model is measured, or saved."""
     program = f"""
 import runpy, signal, transformers
 from test_slicegpt import interrupt
-interrupt(transformers.GenerationMixin, "generate", 2, signal.{name})
-if {times} == 2:
+if {measuring}:
+    interrupt(transformers.GenerationMixin, "generate", 2, signal.{name})
+if {saving}:
     interrupt(transformers.PreTrainedModel, "save_pretrained", 1, signal.{name})
+if {saving} == 2:
+    interrupt(transformers.PreTrainedTokenizerFast, "save_pretrained", 2, signal.{name})
 runpy.run_path({str(HERE / "slicegpt.py")!r}, run_name="__main__")
 """
     arguments = [*map(str, on(tiny)), "--save", str(tmp_path / "sliced")]
     process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert process.returncode == code and "Traceback" not in process.stderr
-    assert "dense: " in process.stdout and "sliced: " not in process.stdout
-    assert [file.name for file in tmp_path.iterdir()] == ([] if times == 2 else ["sliced"])
-    if times == 1:
+    assert "dense: " in process.stdout and ("sliced: " in process.stdout) == (not measuring)
+    assert [file.name for file in tmp_path.iterdir()] == (["sliced"] if saved else [])
+    assert ("the sliced model is not saved" in process.stderr) == (not saved)
+    if saved:
         load(tmp_path / "sliced")
+
+
+@needs("peft")
+def test_ctrl_c_does_not_leave_half_of_the_adapters_merged(monkeypatch):
+    tokens, models = random_tokens(8, 12), [tiny_network().float() for _ in range(2)]
+    finetune(models[0], tokens)
+    lora = importlib.import_module("peft.tuners.lora")
+    interrupt(lora.Linear, "merge", 2, signal.SIGINT, monkeypatch.setattr)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(models[1], tokens)
+    assert same_weights(models[1], models[0].state_dict())
+
+
+@needs("peft")
+def test_a_fine_tuned_model_that_was_not_measured_is_saved_with_a_warning(tiny, tmp_path, monkeypatch):
+    interrupt(slicegpt, "perplexity", 3, KeyboardInterrupt(), monkeypatch.setattr)
+    code, out, err = command(*on(tiny), "--finetune", 4, "--save", tmp_path / "sliced")
+    assert code == 130 and "sliced: " in out and "saved is fine-tuned, and was not measured" in err
+    load(tmp_path / "sliced")
 
 
 def test_ctrl_c_while_slicing_costs_no_figures_of_the_dense_model(tiny, tmp_path, monkeypatch):
