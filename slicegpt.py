@@ -1527,7 +1527,7 @@ def become_sliced(model):
     check_whole(model.config)
     if any(W.is_meta for W in model.parameters()) and any(hasattr(part, "_hf_hook") for part in model.modules()):
         raise SliceGPTError("some of its weights are elsewhere: load it without device_map, and pass `device`")
-    if any(type(W.data) is not Tensor for W in model.parameters()):
+    if any(type(W.data).__module__.startswith("torchao") for W in model.parameters()):  # in place, the config unchanged
         raise SliceGPTError("its weights are quantised (slice the original and quantise the result)")
     check_row(model)
     shared, config = model.config, copy.deepcopy(model.config)

@@ -1536,6 +1536,14 @@ def test_a_model_whose_weights_are_elsewhere_is_refused():
         slice_model(model, random_tokens(4, 8))
 
 
+@needs("torchao")
+def test_a_model_that_was_quantised_in_place_is_refused():
+    model, quantization = tiny_network().float(), importlib.import_module("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(SliceGPTError, match="its weights are quantised"):
+        slice_model(model, random_tokens(4, 8))
+
+
 def test_weights_that_are_not_finite_are_named():
     model = tiny_network()
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
