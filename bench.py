@@ -1,6 +1,6 @@
 """Measures what the paper says of speed, cost and quality (section 4, A.4, A.6, A.7); and SparseGPT 2:4 beside it.
 
-    python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (what a bare bench.py does)
+    python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (default, of opt-125m)
     python bench.py throughput --shape opt-125m  # A.6: tokens per second, in batches as large as pays
     python bench.py ops --shape opt-6.7b         # A.7: the time of every matrix product of a layer
     python bench.py cost                         # Table 3: the time and memory of slicing, and of RFT (needs peft)
@@ -9,11 +9,10 @@
     python bench.py quality --plot quality.png   # perplexity, parameters and time of all ways to slice
     python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
 
-Figure 6, the quality after RFT, is `slicegpt.py --finetune`. The first four download nothing: networks of published
-shapes get random weights, as speed does not depend on these, and --layers of their layers (0: all). The others take a
-real model, and the options of slicegpt.py. All take --json FILE and, but for ops and tasks, --plot FILE.png (needs
-matplotlib). A time is the median of several rounds, in each of which all that is compared is timed once; `of dense
-time` is that of the ratios to the dense network in the same round. GB/token: without an embedding and idle experts.
+The first four download nothing: networks of published shapes get random weights, as speed does not depend on these,
+and --layers of their layers (0: all). The others take a real model, and the options of slicegpt.py. All take --json,
+and all but ops and tasks --plot FILE.png. A time is the median of several rounds, in which all that is compared takes
+turns; `of dense time` is that of the ratios in the same round. GB/token: without an embedding and idle experts.
 
 A command is a function with its options as parameters behind `args`, the shared ones, and `rows`, which it appends to.
 """
@@ -140,7 +139,7 @@ def show(args, note: str | None, rows: list[dict]):
     table = [["", *(HEADINGS.get(key, key) for key in keys[1:])]]
     table += [[text(row.get(key)) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    options = vars(args) | dict.fromkeys(("command", "json", "plot"))
+    options = vars(args) | dict.fromkeys(("command", "options", "json", "plot"))
     said = [f"{name} {value}" for name, value in options.items() if value not in (None, "", ())]
     print(f"{args.command.__name__}: {', '.join(filter(None, [*said, note]))}")
     for name, *cells in table:
@@ -560,9 +559,8 @@ def run(args):
     torch.manual_seed(0)
     rows = []
     note = "measured before it ended"
-    options = inspect.signature(args.command).parameters
     try:
-        note = args.command(args, rows, **{name: value for name, value in vars(args).items() if name in options})
+        note = args.command(args, rows, **{name: getattr(args, name) for name in args.options})
     finally:
         if rows:
             show(args, note, rows)
@@ -576,7 +574,7 @@ def main(argv=None) -> int:
         subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
         add = subparser.add_argument
         _, _, *options = inspect.signature(command).parameters.values()  # behind args and rows
-        subparser.set_defaults(command=command, plot=None)
+        subparser.set_defaults(command=command, options=[option.name for option in options], plot=None)
         if command in REAL:
             slicegpt.add_inputs(add)
         else:

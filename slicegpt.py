@@ -1360,31 +1360,6 @@ def share(samples: Tensor, even: bool = False) -> Tensor:
     return samples[dist.get_rank()::dist.get_world_size()]
 
 
-@contextlib.contextmanager
-def uninterrupted():
-    """Inside, a first Ctrl-C or SIGTERM waits for the end; a second one does not."""
-    import signal
-    received = []
-
-    def wait(number, frame):
-        restore()
-        received.append(number)
-        warn("it is about to end; once more ends it at once")
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that gets signals
-    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
-    try:
-        yield
-    finally:
-        restore()
-    for number in received:
-        signal.raise_signal(number)
-
-
 def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -1706,6 +1681,31 @@ def failing(what: str, hint: str = ""):
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             error = error.__context__  # torch.save stumbles over the disk's error once more
         raise SliceGPTError(f"{what}: {first_line(error)}" + (f"; {hint}" if hint else "")) from error
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Inside, a first Ctrl-C or SIGTERM waits for the end; a second one does not."""
+    import signal
+    received = []
+
+    def wait(number, frame):
+        restore()
+        received.append(number)
+        warn("it is about to end; once more ends it at once")
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that gets signals
+    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+    try:
+        yield
+    finally:
+        restore()
+    for number in received:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager
