@@ -170,6 +170,7 @@ def rotate(model, Q: Tensor | Iterable[Tensor], device=None):
         Q_in = Q_out
         widths.append(Q_out.shape[1])
     rotate_reader(model.get_output_embeddings(), Q_in)  # Eq. 7
+    next(Qs, None)  # raises an error if there are too many
     take_shape(model, {"dimensions": widths, "shortcuts": shortcuts})
 
 
@@ -740,6 +741,8 @@ def rotations(model, Q, device) -> Iterator[Tensor]:
             if not is_rotation(Q_of_signal, width):
                 raise wrong
             yield Q_of_signal.to(device or model.device, torch.float64)
+        if next(remaining, None) is not None:
+            raise wrong
 
     return checked()
 
@@ -1497,6 +1500,7 @@ def become_sliced(model):
     """
     if hasattr(model, "peft_config"):
         raise SliceGPTError("it has adapters: merge them into the model first (merge_and_unload)")
+    architecture(model.config)  # which says why, if there is none
     if not isinstance(model, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
         raise SliceGPTError(f"a {type(model).__name__} is not one of transformers' causal language models")
     check_whole(model.config)

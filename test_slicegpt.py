@@ -1545,10 +1545,11 @@ def test_wrong_rotations_are_refused_before_anything_is_rotated(wrong):
     assert_same(logits(model, BATCH), expected)
 
 
-def test_after_an_iterator_that_ends_early_the_model_is_refused():
+@pytest.mark.parametrize("number", [4, 6])
+def test_after_an_iterator_of_too_few_or_too_many_the_model_is_refused(number):
     model = tiny_network()
     with pytest.raises(SliceGPTError, match="this model's rotations have"):
-        rotate(model, iter([torch.eye(16)] * 4))
+        rotate(model, iter([torch.eye(16)] * number))
     for use in (fuse, lambda model: perplexity(model, random_tokens(2, 9)), lambda model: save(
             model, tiny_tokenizer(), "x"), lambda model: model.save_pretrained("x"), standard, tie_head):
         with pytest.raises(SliceGPTError, match="half fused or half rotated: load it again"):
@@ -1596,6 +1597,8 @@ def test_bad_arguments_are_refused_and_the_model_stays_dense():
             (partial(learn_rotation, model, tokens, torch.eye(16), 0), "steps must be at least 1, not 0"),
             (partial(fuse, model.model), "a LlamaModel is not one of transformers' causal language models"),
             (partial(slice_model, classifier, tokens), "a LlamaForSequenceClassification is not one of"),
+            (partial(fuse, transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, num_layers=1))),
+             "cannot slice a t5 model like this: it is an encoder-decoder"),
             (partial(slice_model, torch.compile(model), tokens), "an? OptimizedModule is not one of"),
             (partial(standard, model), "a dense model is a standard one"),
             (partial(save, model, None, "x"), "save needs the model's tokenizer, too"),
