@@ -910,6 +910,7 @@ def read_text(name: str, evaluation: bool) -> str:
 
     A file, which is read as a whole for both, is a UTF-8 text, or a .json, .jsonl, .csv or .parquet with a column
     `text`, which may be compressed (.gz).
+
     Of a data set without a test split, random 80% are for calibration and 10% for evaluation, always the same, as in
     the authors' code. pydoc is the language reference that ships with CPython; a tenth of it is kept for evaluation.
     """
@@ -1690,7 +1691,7 @@ def failing(what: str, hint: str = ""):
 @contextlib.contextmanager
 def uninterrupted():
     """Inside, a first Ctrl-C or SIGTERM waits for the end; a second one does not."""
-    import signal
+    import signal  # not above, as `slice_model` has a parameter of this name
     received = []
 
     def wait(number, frame):
@@ -1981,7 +1982,8 @@ def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
         start = time.perf_counter()
         outcome.model, outcome.not_standard = slice_as_asked(args, inputs, d, outcome.model)
         outcome.seconds = time.perf_counter() - start
-        if max(W.abs().max() for W in outcome.model.parameters()) > torch.finfo(inputs.saved_in).max:
+        largest = torch.finfo(inputs.saved_in).max
+        if inputs.saved_in != inputs.dtype and any(W.abs().max() > largest for W in outcome.model.parameters()):
             warn(f"its weights have become too large for {inputs.saved_in}, so it is saved in {inputs.dtype}")
             inputs.saved_in = inputs.dtype
     outcome.is_sliced = True
@@ -2042,14 +2044,14 @@ def slice_as_asked(args, inputs: Inputs, d: int | None, model) -> tuple[PreTrain
 
 def report(args, inputs: Inputs, d: int | None, outcome: Outcome):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
-    figures, tokens = outcome.figures, inputs.calibration
+    figures, tokens, peak = outcome.figures, inputs.calibration, peak_memory(inputs.device)
     print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
     for key, form in {"dimension": "", "parameters": ",d", "bytes": ",d", "perplexity": ".2f"}.items():
         print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
     print(f"  perplexity on {len(inputs.evaluation)} x {args.seqlen} tokens of {args.eval}")
     if outcome.seconds is not None:
         print(f"  sliced in {outcome.seconds:.1f} s, by {len(tokens)} x {args.seqlen} tokens of {args.calibration}")
-    print(f"  peak memory {peak_memory(inputs.device) / 2**30:.2f} GiB\n")
+    print(f"  peak memory {peak / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
     if "finetuned" in figures and figures["finetuned"]["perplexity"] > figures["sliced"]["perplexity"]:
@@ -2062,7 +2064,7 @@ def report(args, inputs: Inputs, d: int | None, outcome: Outcome):
             "samples_used": None if tokens is None else len(tokens), "eval_samples": len(inputs.evaluation),
             "finetune_used": None if inputs.finetuning is None else len(inputs.finetuning),
             "slice_seconds": outcome.seconds, "dimension": inputs.config.hidden_size,
-            "peak_memory_bytes": peak_memory(inputs.device)}
+            "peak_memory_bytes": peak}
         values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
         with failing(f"cannot save to {args.report}"):
             args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
