@@ -1343,8 +1343,8 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
 
 
 def columns_to_keep(config, d: int, head: str) -> int:
-    """How many columns of one shared Q to keep for d dimensions in the end: one less, if `standard` adds one."""
-    return d - 1 if architecture(config).mean_free and head != "tied" else d
+    """How many columns of one shared Q to keep for d dimensions in the end: one less (but one), if `standard` adds one."""
+    return max(1, d - 1) if architecture(config).mean_free and head != "tied" else d
 
 
 # ---- Several processes (torchrun) -----------------------------------------------------------------------------------

@@ -1153,7 +1153,7 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
         sliced = copy.deepcopy(model)
         if shared:
             first = int(architecture(config).mean_free and head != "tied")  # then `standard` adds one dimension
-            rotate(sliced, torch.eye(D)[:, first:d])
+            rotate(sliced, torch.eye(D)[:, first:max(d, first + 1)])
         else:
             last = torch.eye(D)[:, :D if head == "full" else d]
             rotate(sliced, [torch.eye(D)[:, :d]] * len(stages(model)) + [last])
@@ -1169,6 +1169,12 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
     else:
         assert d % round_to == 0 and size(d) <= share * dense
         assert d + round_to > D or size(d + round_to) > share * dense
+
+
+def test_a_share_that_cannot_be_reached_by_single_dimensions_is_refused():
+    """A Phi-2 that is sliced by one rotation becomes at least two wide, as `standard` adds a dimension."""
+    with pytest.raises(SliceGPTError, match="a share 0.01 of the parameters cannot be reached in multiples of 1: 0[.]"):
+        dimension_for(tiny_network("phi").config, 0.01, 1, "shared")
 
 
 @a_few(st.booleans(), SEEDS)
