@@ -982,6 +982,32 @@ def generate(model, tokenizer, prompt: str, device=None) -> str:
         return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
+def own_text(model, tokenizer, samples: int, seqlen: int, seed: int = 0, device=None) -> Tensor:
+    """Beyond the paper: what the model itself writes, tokens (samples, seqlen), int64, to calibrate on.
+
+    A sequence begins with the tokenizer's token for the beginning of a text (without one, for its end). The others are
+    drawn under the seed from what the model predicts, at temperature 1, with nothing cut off; none ends early. Sets the
+    model to eval mode. Raises SliceGPTError for a tokenizer without both tokens.
+    """
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise SliceGPTError("the tokenizer has no token with which a text of the model's own could begin")
+    check_positive(samples=samples, seqlen=seqlen)
+    texts = torch.full((samples, seqlen), first)
+    check_tokens(model.config, texts)
+    ours = transformers.GenerationConfig(max_length=seqlen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                         pad_token_id=first)  # no eos_token_id: it is a token like others
+    model.eval()
+    with torch.random.fork_rng(), failing("the model cannot write a text"), patch.object(
+            model, "generation_config", ours), progress(total=texts.numel(), desc="own text", unit="token") as bar:
+        torch.manual_seed(seed)
+        bar.put, bar.end = lambda tokens: bar.update(tokens.numel()), lambda: None  # it is a streamer
+        for text in texts.split(max(1, 16384 // seqlen)):  # no more at a time, as caches are large
+            beginning = text[:, :1].to(device or model.device)
+            text.copy_(model.generate(beginning, attention_mask=torch.ones_like(beginning), streamer=bar))
+    return texts
+
+
 def parameters(model) -> int:
     """The number of parameters, each tensor counted once: a head tied to the embedding is no second matrix."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -1343,7 +1369,7 @@ def dimension_for(config, params: float, round_to: int, rotation: str = "block",
 
 
 def columns_to_keep(config, d: int, head: str) -> int:
-    """How many columns of one shared Q to keep for d dimensions in the end: one less (but one), if `standard` adds one."""
+    """How many columns of one shared Q to keep for d dimensions in the end: one less if `standard` adds one; not 0."""
     return max(1, d - 1) if architecture(config).mean_free and head != "tied" else d
 
 
@@ -1767,9 +1793,10 @@ def bounded(kind, least, below=math.inf):
 def add_inputs(add):
     """The options that say what is sliced, by which text, and where; bench.py has them too."""
     text = "wikitext2 (default), alpaca, pydoc (demo's default), a text file, or a .json, .csv, .parquet with a `text`"
+    mixture = "; or several, in equal shares, one of which may be own: what the dense model itself writes"
     add("--model", default="demo", help="hub id, directory, .gguf file, or demo: trained on the spot (default)")
-    add("--calibration", metavar="TEXT", help=text)
-    add("--eval", metavar="TEXT", help="what perplexity is measured on; as --calibration")
+    add("--calibration", metavar="TEXT", nargs="+", help=text + mixture)
+    add("--eval", metavar="TEXT", nargs="+", help="what perplexity is measured on, one or more; but not own")
     add("--samples", type=bounded(int, 1), default=128, help="calibration sequences (default: 128)")
     add("--eval-samples", type=bounded(int, 1), help="evaluation sequences (default: all of the text)")
     add("--seqlen", type=bounded(int, 2), help="tokens per sequence (default: 2048, or the model's positions if fewer)")
@@ -1829,27 +1856,48 @@ class Inputs:
     config: transformers.PreTrainedConfig
     tokenizer: transformers.PreTrainedTokenizerBase
     calibration: Tensor | None  # all tokens (samples, seqlen); None for a model that is sliced already
-    evaluation: Tensor  # likewise
-    finetuning: Tensor | None = None  # likewise
+    evaluation: dict[str, Tensor]  # of each text of --eval: the name of its figure, and its tokens
+    finetuning: Tensor | None = None  # as calibration
     saved_in: torch.dtype | None = None  # the type of the result, see `slice_and_measure`
 
 
 def read_inputs(args) -> Inputs:
     """Completes the options whose defaults depend on the model, and reads what they name. Raises SliceGPTError."""
-    text = "pydoc" if args.model == "demo" else "wikitext2"
-    args.calibration, args.eval = args.calibration or text, args.eval or text
+    texts = ["pydoc" if args.model == "demo" else "wikitext2"]
+    args.calibration, args.eval = args.calibration or texts, args.eval or texts
     device = find_device(args.device)
     config, tokenizer, *_ = describe(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else "auto"
     args.seqlen = args.seqlen or min(2048, positions(config))
     calibration = None
     if not hasattr(config, "slicegpt"):
-        calibration = tokens_of(args.calibration, config, tokenizer, args.seqlen, args.samples, args.seed)
-        if calibration.numel() < 8 * config.hidden_size:
-            warn(f"{calibration.numel()} calibration tokens are few for {config.hidden_size} dimensions: with fewer "
-                 "than 8 for each, slicing costs much more than it must")
-    evaluation = tokens_of(args.eval, config, tokenizer, args.seqlen, args.eval_samples, evaluation=True)
+        calibration = mixture(args, config, tokenizer, args.seqlen, args.samples)
+        own = args.samples // len(args.calibration) * args.seqlen if "own" in args.calibration else 0
+        if (count := calibration.numel() + own) < 8 * config.hidden_size:
+            warn(f"{count} calibration tokens are few for {config.hidden_size} dimensions: with fewer than 8 for each, "
+                 "slicing costs much more than it must")
+    evaluation = {}
+    for name in args.eval:
+        key = f"perplexity_{name}" if evaluation else "perplexity"
+        evaluation[key] = tokens_of(name, config, tokenizer, args.seqlen, args.eval_samples, evaluation=True)
     return Inputs(device, dtype, config, tokenizer, calibration, evaluation)
+
+
+def mixture(args, config, tokenizer, seqlen, samples) -> Tensor:
+    """The tokens (samples, seqlen) of the texts of --calibration, in equal shares; for `own`, see `with_own_text`."""
+    each = samples // len(args.calibration)
+    return torch.cat([torch.empty(0, seqlen, dtype=torch.int64)] + [
+        tokens_of(name, config, tokenizer, seqlen, each, args.seed) for name in args.calibration if name != "own"])
+
+
+def with_own_text(args, inputs: Inputs, tokens: Tensor, samples: int, model) -> Tensor:
+    """The tokens of a `mixture` of so many samples and, if `own` is one of its texts, what the dense model writes."""
+    if "own" not in args.calibration:
+        return tokens
+    with placed(model, inputs.device):
+        each, seqlen = samples // len(args.calibration), tokens.shape[1]
+        own = own_text(model, inputs.tokenizer, each, seqlen, args.seed, inputs.device)
+    return torch.cat([tokens, agreed(own)])
 
 
 def tokens_of(name, config, tokenizer, seqlen, samples, seed=None, evaluation=False) -> Tensor:
@@ -1896,6 +1944,8 @@ def dimension_asked(args, config) -> int | None:
         sizes = (args.sparsity, args.params, args.discard_variance)
         if any(size is not None for size in sizes) or args.rotation == "shared" or args.head != "sliced":
             raise SliceGPTError(f"{args.model} is sliced already; it can be measured as it is, and fine-tuned")
+        if "own" in args.calibration:
+            raise SliceGPTError(f"{args.model} is sliced already, and own is what the dense model writes")
         return None
     if args.head == "tied" and not config.tie_word_embeddings:
         raise SliceGPTError("--head tied is for models whose head and embedding are one matrix")
@@ -1948,8 +1998,8 @@ def run(args):
     inputs, outcome = read_inputs(args), Outcome()
     d = dimension_asked(args, inputs.config)
     if args.finetune:
-        inputs.finetuning = tokens_of(args.calibration, inputs.config, inputs.tokenizer,
-                                      min(1024, positions(inputs.config)), args.finetune, args.seed)
+        inputs.finetuning = mixture(args, inputs.config, inputs.tokenizer, min(1024, positions(inputs.config)),
+                                    args.finetune)
     check_results(args, inputs)
     with larger_than_memory(args.save.resolve()) if args.stream else contextlib.nullcontext():
         try:
@@ -1979,6 +2029,9 @@ def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
         check_room(args.save, parameters(outcome.model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
     if inputs.calibration is not None:
         outcome.figures["dense"] = measure(args, inputs, outcome.model)
+        inputs.calibration = with_own_text(args, inputs, inputs.calibration, args.samples, outcome.model)
+        if args.finetune:
+            inputs.finetuning = with_own_text(args, inputs, inputs.finetuning, args.finetune, outcome.model)
         start = time.perf_counter()
         outcome.model, outcome.not_standard = slice_as_asked(args, inputs, d, outcome.model)
         outcome.seconds = time.perf_counter() - start
@@ -1988,8 +2041,10 @@ def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
             inputs.saved_in = inputs.dtype
     outcome.is_sliced = True
     outcome.figures["sliced"] = measure(args, inputs, outcome.model)
-    if inputs.finetuning is not None:
-        finetune(outcome.model.to(inputs.device), share(inputs.finetuning, even=True), seed=args.seed)
+    if args.finetune:
+        generator = torch.Generator().manual_seed(args.seed)
+        tokens = inputs.finetuning[torch.randperm(len(inputs.finetuning), generator=generator)]  # texts alternate
+        finetune(outcome.model.to(inputs.device), share(tokens, even=True), seed=args.seed)
         outcome.is_finetuned = True
         outcome.figures["finetuned"] = measure(args, inputs, outcome.model)
 
@@ -2006,8 +2061,9 @@ def measure(args, inputs: Inputs, model) -> dict:
     convert(model, inputs.dtype)
     with placed(model, inputs.device):
         figures = {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
-                   "parameters": parameters(model), "bytes": size,
-                   "perplexity": perplexity(model, share(inputs.evaluation), device=inputs.device)}
+                   "parameters": parameters(model), "bytes": size}
+        for key, tokens in inputs.evaluation.items():
+            figures[key] = perplexity(model, share(tokens), device=inputs.device)
         try:
             return figures | {"text": generate(model, inputs.tokenizer, args.prompt, inputs.device)}
         except SliceGPTError as error:
@@ -2045,26 +2101,33 @@ def slice_as_asked(args, inputs: Inputs, d: int | None, model) -> tuple[PreTrain
 def report(args, inputs: Inputs, d: int | None, outcome: Outcome):
     """Prints a column of figures for each model, and what the models wrote; and writes the file of --report."""
     figures, tokens, peak = outcome.figures, inputs.calibration, peak_memory(inputs.device)
-    print(f"\n{args.model}\n  {'':14}" + "".join(f"{name:>17}" for name in figures))
-    for key, form in {"dimension": "", "parameters": ",d", "bytes": ",d", "perplexity": ".2f"}.items():
-        print(f"  {key:14}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
-    print(f"  perplexity on {len(inputs.evaluation)} x {args.seqlen} tokens of {args.eval}")
+    rows = {"dimension": "", "parameters": ",d", "bytes": ",d"} | dict.fromkeys(inputs.evaluation, ".2f")
+    width = max(14, *map(len, rows))
+    print(f"\n{args.model}\n  {'':{width}}" + "".join(f"{name:>17}" for name in figures))
+    for key, form in rows.items():
+        print(f"  {key:{width}}" + "".join(f"{column[key]:>17{form}}" for column in figures.values()))
+    for name, on in zip(args.eval, inputs.evaluation.values()):
+        print(f"  perplexity on {len(on)} x {args.seqlen} tokens of {name}")
     if outcome.seconds is not None:
-        print(f"  sliced in {outcome.seconds:.1f} s, by {len(tokens)} x {args.seqlen} tokens of {args.calibration}")
+        print(f"  sliced in {outcome.seconds:.1f} s, by {len(tokens)} x {args.seqlen} tokens of "
+              f"{' and '.join(args.calibration)}")
     print(f"  peak memory {peak / 2**30:.2f} GiB\n")
     for name, column in figures.items():
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
-    if "finetuned" in figures and figures["finetuned"]["perplexity"] > figures["sliced"]["perplexity"]:
-        warn(f"fine-tuning made it worse: perplexity {figures['sliced']['perplexity']:.2f} before, and "
-             f"{figures['finetuned']['perplexity']:.2f} after it; the fine-tuned model is the one that is saved")
+    for key in inputs.evaluation if "finetuned" in figures else ():
+        if (after := figures["finetuned"][key]) > (before := figures["sliced"][key]):
+            warn(f"fine-tuning made it worse: {key} {before:.2f} before, and {after:.2f} after it; the fine-tuned model "
+                 "is the one that is saved")
     if args.report:
         values = vars(args) | {
             "device": inputs.device, "dtype": inputs.dtype, "saved_in": inputs.saved_in, "d": d,
             "sparsity": None if d is None else 1 - d / inputs.config.hidden_size,
-            "samples_used": None if tokens is None else len(tokens), "eval_samples": len(inputs.evaluation),
+            "calibration": " ".join(args.calibration), "eval": " ".join(args.eval),
+            "samples_used": None if tokens is None else len(tokens),
             "finetune_used": None if inputs.finetuning is None else len(inputs.finetuning),
             "slice_seconds": outcome.seconds, "dimension": inputs.config.hidden_size,
             "peak_memory_bytes": peak}
+        values |= {key.replace("perplexity", "eval_samples", 1): len(on) for key, on in inputs.evaluation.items()}
         values |= {f"{name}_{key}": value for name, column in figures.items() for key, value in column.items()}
         with failing(f"cannot save to {args.report}"):
             args.report.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")

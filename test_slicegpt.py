@@ -981,6 +981,51 @@ def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved
         assert keeps_float32 or same_weights(load(f"{folder}/model")[0], found.state_dict())
 
 
+def test_a_models_own_text_is_drawn_from_what_it_predicts_after_the_beginning():
+    model, tokenizer = tiny_network(), tiny_tokenizer()
+    model.get_output_embeddings().weight.data /= 4  # no prediction is certain
+    texts = slicegpt.own_text(model, tokenizer, 8000, 2)
+    assert texts.dtype == torch.int64 and (texts[:, 0] == tokenizer.bos_token_id).all()
+    with torch.no_grad():
+        p = model(texts[:1, :1]).logits.softmax(-1).flatten()
+    drawn = texts[:, 1].bincount(minlength=len(p)) / len(texts)
+    assert ((drawn - p).abs() < 5 * (p / len(texts)).sqrt() + 1e-3).all()  # five standard deviations
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_a_models_own_text_follows_from_all_that_is_before(family):
+    """So sure of its predictions that it has no choice, it writes the likeliest tokens."""
+    model = tiny_network(family)
+    model.get_output_embeddings().weight.data *= 1e9
+    texts = slicegpt.own_text(model, tiny_tokenizer(), 3, 9)
+    with torch.no_grad():
+        assert torch.equal(texts[:, 1:], model(texts).logits[:, :-1].argmax(-1))
+
+
+def test_a_models_own_text_goes_on_after_a_token_that_ends_texts():
+    model, tokenizer = tiny_network(), tiny_tokenizer()
+    model.get_output_embeddings().weight.data.zero_()  # all tokens are as likely
+    texts = slicegpt.own_text(model, tokenizer, 40, 32)
+    following = texts[:, 1:][texts[:, :-1] == tokenizer.eos_token_id]
+    assert len(set(following.tolist())) > 5
+
+
+def test_the_seed_decides_what_a_model_writes():
+    model, state = tiny_network(), torch.get_rng_state()
+    one, again, other = (slicegpt.own_text(model, tiny_tokenizer(), 3, 9, seed) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_without_a_token_for_its_beginning_a_text_begins_with_that_for_its_end():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    assert (slicegpt.own_text(tiny_network(), tokenizer, 2, 3)[:, 0] == tokenizer.eos_token_id).all()
+    tokenizer.eos_token = None
+    with pytest.raises(SliceGPTError, match="no token with which a text of the model's own could begin"):
+        slicegpt.own_text(tiny_network(), tokenizer, 2, 3)
+
+
 @needs("peft")
 @a_few(st.sampled_from(WAYS), st.sampled_from([torch.float32, torch.bfloat16]), SEEDS, double=False)
 def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, way, dtype, seed):
@@ -1768,6 +1813,24 @@ def test_the_program_reports_and_prints_the_figures_of_the_dense_and_of_the_save
 
 
 @does_more_with_packages  # peft
+def test_the_program_slices_by_several_texts_in_equal_shares_and_measures_on_several(tiny, tmp_path):
+    (tmp_path / "other").write_text("sphinx of black quartz judge my vow" * 40)
+    tune = ["--finetune", 3] if importlib.util.find_spec("peft") else []
+    out, report = results(*on(tiny), "--calibration", tiny / "text", "own", tmp_path / "other", "--samples", 7,
+                          "--eval", tiny / "text", tmp_path / "other", "--seed", 3, *tune)
+    model, tokenizer = load(tiny / "model")
+    text, other = (tokenize(tokenizer, file.read_text(), 32, seed=3) for file in (tiny / "text", tmp_path / "other"))
+    calibration = torch.cat([text[:2], other[:2], slicegpt.own_text(model, tokenizer, 2, 32, seed=3)])
+    slice_model(model, calibration)
+    assert report["samples_used"] == 6 and f"by 6 x 32 tokens of {tiny}/text and own and {tmp_path}/other" in out
+    assert not tune or report["finetune_used"] == 3
+    for key, file in (("", tiny / "text"), (f"_{tmp_path}/other", tmp_path / "other")):
+        tokens = tokenize(tokenizer, file.read_text(), 32, 2)
+        assert math.isclose(report[f"sliced_perplexity{key}"], perplexity(model, tokens), rel_tol=1e-5)
+        assert report[f"eval_samples{key}"] == 2 and f"perplexity{key} " in out
+
+
+@does_more_with_packages  # peft
 def test_a_model_that_is_sliced_already_is_measured_and_finetuned(tiny):
     model, tokens, _ = inputs_of(tiny, "sliced")
     tune = ["--finetune", 9] if importlib.util.find_spec("peft") else []
@@ -1824,6 +1887,9 @@ def test_the_program_slices_each_signal_by_its_variance_if_asked(tiny, tmp_path)
     ("--model facebook/opt-125m", "without a network, there are local directories, and demo"),
     ("--model ./nowhere", "cannot load ./nowhere: there is no such file or directory"),
     ("--model {path}/sliced --sparsity 0.3", "sliced already"),
+    ("--model {path}/sliced --calibration {path}/text own", "own is what the dense model writes"),
+    ("--calibration {path}/text own --samples 1", "{path}/text: there are no tokens"),
+    ("--eval own", "cannot read the text own: [Errno 2]"),
     ("--eval {path}/short", "{path}/short: the text has only 9 tokens, too few for one sequence of 32"),
     ("--calibration {path}", "cannot read the text {path}: [Errno 21] Is a directory"),
     ("--calibration {path}/latin", "cannot read the text {path}/latin: 'utf-8' codec can't decode byte 0xe4"),
@@ -2109,7 +2175,8 @@ def test_two_processes_slice_as_one_does(tmp_path):
 @does_more_with_packages  # peft
 def test_under_torchrun_the_program_writes_one_report_and_one_model_as_without_it(tiny, tmp_path):
     """Recovery fine-tuning included."""
-    arguments = [*on(tiny), "--samples", 5, "--eval-samples", 3, "--sparsity", 0.5, "--dtype", "float64"]
+    arguments = [*on(tiny), "--calibration", tiny / "text", "own", "--samples", 10, "--eval-samples", 3, "--sparsity",
+                 0.5, "--dtype", "float64"]
     tune = ["--finetune", 6] if importlib.util.find_spec("peft") else []
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, HERE / "slicegpt.py", *arguments,
                *tune, "--save", tmp_path / "two", "--report", tmp_path / "json"]
