@@ -294,7 +294,7 @@ def slice_model(model, calibration: Tensor, sparsity: float = 0.25, *, discard_v
             else:
                 columns = dimension_by_variance(eigenvalues, discard_variance, round_to)
             Q = Q[:, :columns].contiguous()  # Eq. 9: Q times the deletion matrix
-            project(X, Q, batch_size, device)  # Eq. 9: what is left of X, which the stage reads
+            project(X, Q, batch_size, device)  # Eq. 9: what is left of X, which the stage (if not the head) reads
             yield Q
 
     rotate(model, Qs(), device)
@@ -392,8 +392,8 @@ def dimension_by_variance(eigenvalues: Tensor, discarded: float, round_to: int =
 
 # ---- Where an architecture keeps its parts --------------------------------------------------------------------------
 #
-# To add a family, give it a row in ARCHITECTURES; `check_row` refuses a wrong one. Of the modules of Hugging Face's
-# models, the rest of this file knows little more than the functions after the table.
+# To add a family, give it a row in ARCHITECTURES; `check_row` refuses a wrong one. How Hugging Face names the modules
+# of a model is known here, and hardly anywhere else.
 
 @dataclass(frozen=True)
 class Block:
@@ -416,7 +416,7 @@ class Architecture:
     parallel: bool = False  # both blocks read the same signal; a config's use_parallel_residual overrides this
     norm_offset: float = 0.0  # alpha is a norm's weight plus this
     one_width: bool = False  # all signals must have one width, as code of the model or of its experts assumes it
-    mean_free: bool = False  # for `standard`: it has LayerNorms, and heads that need not add up to the hidden size
+    mean_free: bool = False  # `standard` can write it, though it has LayerNorms, with a signal of mean 0
 
 
 LLAMA = Architecture(
@@ -700,7 +700,8 @@ def replaced_layers(model, forward):
 def embed(model, tokens: Tensor, batch_size: int = 8) -> tuple[Tensor, list[Stage]]:
     """Algorithm 1, line 1: the signal X (samples, N, D) of tokens (samples, N), on the CPU; and all stages, with args.
 
-    The model's own forward pass runs, but its layers only pass X on, and record what else they get, such as masks.
+    For a model whose signal has all D dimensions. Its own forward pass runs, but its layers only pass X on, and record
+    what else they get, such as masks.
     """
     calls = []  # of each layer
 
@@ -725,6 +726,8 @@ def rotations(model, Q, device) -> Iterator[Tensor]:
     """
     if model.config.slicegpt.get("tied"):  # beyond the paper, see `tie_head`
         raise SliceGPTError("its head is tied to its embedding: rotate it before `tie_head`")
+    if hasattr(model.config, "quantization_config"):
+        raise SliceGPTError("its weights are quantised: rotate it before")
     widths = model.config.slicegpt["dimensions"]
     wrong = SliceGPTError(f"this model's rotations have {widths} rows, and are matrices of finite real numbers")
     Qs = [Q] * len(widths) if isinstance(Q, Tensor) else Q
@@ -775,7 +778,7 @@ def take_shape(model, shape: dict):
 
 
 def ungroup_experts_if_need_be(model, width: int):
-    """Torch's product for all experts at once knows no float64, and needs rows of whole 16 bytes; else one by one."""
+    """Torch's product for all experts at once fails in float64, and for rows of no multiple of 16 bytes; so avoid it."""
     if model.dtype == torch.float64 or width * model.dtype.itemsize % 16:
         model.config._experts_implementation = "eager"
 
@@ -800,7 +803,7 @@ def check_row(model):
         right = right and layer_is_its_stages([*stages_of_layer], X)
     if not right:
         finite = all(W.isfinite().all() for W in model.parameters())
-        reason = "fused, it computes something else" if finite else "its weights are not finite"
+        reason = "fused, it computes something else than before" if finite else "its weights are not finite"
         raise SliceGPTError(f"cannot slice a {model.config.model_type} like this: {reason}")
 
 
@@ -1014,7 +1017,7 @@ def parameters(model) -> int:
 
 
 def descend(weights: list, batches, loss_of, learning_rate: float, label: str):
-    """Minimises loss_of(batch) by AdamW, a step for every batch, in bfloat16 where the weights are on an accelerator.
+    """Minimises loss_of(batch) by AdamW, a step for every batch; on a GPU and for 16-bit weights, in bfloat16.
 
     The learning rate rises for three tenths of the steps and then falls, linearly. Raises SliceGPTError for a loss that
     is not finite, before that step.
@@ -1269,7 +1272,7 @@ def standard(model) -> tuple[PreTrainedModel, str]:
 
 
 def into_mean_zero(model) -> Tensor:
-    """Q (d, d + 1): rotates the signal into one dimension more, where its mean is 0. It is M (d, d), if that is 0 now.
+    """Q (d, d + 1): rotates the signal into one dimension more, where its mean is 0; M (d, d), if that is 0 already.
 
     So a LayerNorm finds no mean to subtract. The rows of Q are orthonormal, and orthogonal to the vector of ones; so
     the columns of Q^T W_in have mean 0, too, which `standard_weights` needs.
@@ -1864,7 +1867,7 @@ class Inputs:
 def read_inputs(args) -> Inputs:
     """Completes the options whose defaults depend on the model, and reads what they name. Raises SliceGPTError."""
     texts = ["pydoc" if args.model == "demo" else "wikitext2"]
-    args.calibration, args.eval = args.calibration or texts, args.eval or texts
+    args.calibration, args.eval = args.calibration or texts, list(dict.fromkeys(args.eval or texts))
     device = find_device(args.device)
     config, tokenizer, *_ = describe(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else "auto"
@@ -2116,8 +2119,8 @@ def report(args, inputs: Inputs, d: int | None, outcome: Outcome):
         print(textwrap.fill(f"{name}: {column['text']}", 118, initial_indent="  ", subsequent_indent="    "))
     for key in inputs.evaluation if "finetuned" in figures else ():
         if (after := figures["finetuned"][key]) > (before := figures["sliced"][key]):
-            warn(f"fine-tuning made it worse: {key} {before:.2f} before, and {after:.2f} after it; the fine-tuned model "
-                 "is the one that is saved")
+            warn(f"fine-tuning made it worse: {key} {before:.2f} before, and {after:.2f} after it; the fine-tuned "
+                 "model is the one that is saved")
     if args.report:
         values = vars(args) | {
             "device": inputs.device, "dtype": inputs.dtype, "saved_in": inputs.saved_in, "d": d,
@@ -2194,7 +2197,7 @@ def peak_memory(device) -> int:
 
 
 def main(argv=None) -> int:
-    """The exit code, see `exit_code`."""
+    """Runs the program with these arguments, by default the command line's; returns its exit code, see `exit_code`."""
     def program():
         args = parse_arguments(argv)
         if dist.is_torchelastic_launched():
@@ -2207,7 +2210,7 @@ def main(argv=None) -> int:
 
 
 def exit_code(name: str, program) -> int:
-    """Of program(): 0; 130 after Ctrl-C; 2 after one line on standard error, for an error that the user can fix."""
+    """Calls program(). Returns 0; 2 after an error that the user can fix, said in one line; or 130 after Ctrl-C."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     transformers.logging.set_tqdm_hook(lambda factory, args, kwargs: progress(*args, **kwargs))  # its bars, too

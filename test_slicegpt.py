@@ -1596,6 +1596,15 @@ def test_wrong_rotations_are_refused_before_anything_is_rotated(wrong):
     assert_same(logits(model, BATCH), expected)
 
 
+def test_a_sliced_model_that_was_quantised_since_is_not_rotated_and_stays_whole():
+    model = sliced_network()
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    shape = copy.deepcopy(model.config.slicegpt)
+    with pytest.raises(SliceGPTError, match="its weights are quantised"):
+        rotate(model, random_rotation(8, 0))
+    assert model.config.slicegpt == shape
+
+
 @pytest.mark.parametrize("number", [4, 6])
 def test_after_an_iterator_of_too_few_or_too_many_the_model_is_refused(number):
     model = tiny_network()
@@ -1817,7 +1826,7 @@ def test_the_program_slices_by_several_texts_in_equal_shares_and_measures_on_sev
     (tmp_path / "other").write_text("sphinx of black quartz judge my vow" * 40)
     tune = ["--finetune", 3] if importlib.util.find_spec("peft") else []
     out, report = results(*on(tiny), "--calibration", tiny / "text", "own", tmp_path / "other", "--samples", 7,
-                          "--eval", tiny / "text", tmp_path / "other", "--seed", 3, *tune)
+                          "--eval", tiny / "text", tmp_path / "other", tiny / "text", "--seed", 3, *tune)
     model, tokenizer = load(tiny / "model")
     text, other = (tokenize(tokenizer, file.read_text(), 32, seed=3) for file in (tiny / "text", tmp_path / "other"))
     calibration = torch.cat([text[:2], other[:2], slicegpt.own_text(model, tokenizer, 2, 32, seed=3)])
