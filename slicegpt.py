@@ -778,7 +778,7 @@ def take_shape(model, shape: dict):
 
 
 def ungroup_experts_if_need_be(model, width: int):
-    """Torch's product for all experts at once fails in float64, and for rows of no multiple of 16 bytes; so avoid it."""
+    """Sets one product for each expert, where torch has none for all: in float64, and unless rows have n x 16 bytes."""
     if model.dtype == torch.float64 or width * model.dtype.itemsize % 16:
         model.config._experts_implementation = "eager"
 
