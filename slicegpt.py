@@ -2009,13 +2009,18 @@ def run(args):
             slice_and_measure(args, inputs, d, outcome)
         finally:
             if is_first_process() and outcome.figures:
-                try:
-                    report(args, inputs, d, outcome)
-                finally:
-                    if args.save and outcome.is_sliced:
-                        interrupted = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit))
-                        with contextlib.nullcontext() if interrupted else uninterrupted():
-                            save_result(args, inputs, outcome)
+                finish(args, inputs, d, outcome)
+
+
+def finish(args, inputs: Inputs, d: int | None, outcome: Outcome):
+    """Prints what has been measured and saves what has been sliced, though it may be an error that ended the work."""
+    try:
+        report(args, inputs, d, outcome)
+    finally:
+        if args.save and outcome.is_sliced:
+            interrupted = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit))
+            with contextlib.nullcontext() if interrupted else uninterrupted():
+                save_result(args, inputs, outcome)
 
 
 def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
@@ -2031,7 +2036,7 @@ def slice_and_measure(args, inputs: Inputs, d: int | None, outcome: Outcome):
     if args.save and d:
         check_room(args.save, parameters(outcome.model) * inputs.saved_in.itemsize * d // inputs.config.hidden_size)
     if inputs.calibration is not None:
-        outcome.figures["dense"] = measure(args, inputs, outcome.model)
+        outcome.figures["dense"] = measure(args, inputs, outcome.model)  # which gives it the type to compute in, too
         inputs.calibration = with_own_text(args, inputs, inputs.calibration, args.samples, outcome.model)
         if args.finetune:
             inputs.finetuning = with_own_text(args, inputs, inputs.finetuning, args.finetune, outcome.model)
