@@ -988,11 +988,14 @@ def generate(model, tokenizer, prompt: str, device=None) -> str:
 def own_text(model, tokenizer, samples: int, seqlen: int, seed: int = 0, device=None) -> Tensor:
     """Beyond the paper: what the model itself writes, tokens (samples, seqlen), int64, to calibrate on.
 
-    A sequence begins with the tokenizer's token for the beginning of a text (without one, for its end). The others are
-    drawn under the seed from what the model predicts, at temperature 1, with nothing cut off; none ends early. Sets the
-    model to eval mode. Raises SliceGPTError for a tokenizer without both tokens.
+    A sequence begins as texts do in training: with <|endoftext|>, which separates them, if the tokenizer has it (a chat
+    model's other special tokens begin chats); else with its token for the beginning of a text, or for the end. All
+    others are drawn under the seed from what the model predicts, at temperature 1, with nothing cut off; none ends
+    early. Sets the model to eval mode. Raises SliceGPTError for a tokenizer without these tokens.
     """
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    separator = tokenizer.get_vocab().get("<|endoftext|>")
+    candidates = [separator, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    first = next((token for token in candidates if token is not None), None)
     if first is None:
         raise SliceGPTError("the tokenizer has no token with which a text of the model's own could begin")
     check_positive(samples=samples, seqlen=seqlen)

@@ -1017,10 +1017,13 @@ def test_the_seed_decides_what_a_model_writes():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_without_a_token_for_its_beginning_a_text_begins_with_that_for_its_end():
+def test_a_models_own_text_begins_with_the_token_that_separates_texts_or_begins_or_ends_them():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    assert slicegpt.own_text(tiny_network(), tokenizer, 2, 3)[:, 0].tolist() == [30, 30]
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = None
-    assert (slicegpt.own_text(tiny_network(), tokenizer, 2, 3)[:, 0] == tokenizer.eos_token_id).all()
+    assert slicegpt.own_text(tiny_network(), tokenizer, 2, 3)[:, 0].tolist() == [2, 2]
     tokenizer.eos_token = None
     with pytest.raises(SliceGPTError, match="no token with which a text of the model's own could begin"):
         slicegpt.own_text(tiny_network(), tokenizer, 2, 3)
