@@ -15,7 +15,7 @@ dense; or sliced with a Q for each block, the paper's method ("block"); or, beyo
 which needs no shortcuts ("shared").
 
 Each command is a generator of the rows of a table. A row is printed, and the file of --json written anew, as soon as it
-is measured, so a long run that ends early loses nothing. In a table, "-" is what there is not.
+is measured, so a long run that ends early loses nothing. "-" in a table means that there is no such figure.
 """
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ import transformers
 from torch import Tensor
 
 import slicegpt
-from slicegpt import SliceGPTError, parameters, slice_model, sliced_dimension, stages
+from slicegpt import SliceGPTError, dimension_for, parameters, slice_model, sliced_dimension, stages
 
 
 # ---- Networks of published shapes, with random weights --------------------------------------------------------------
@@ -79,7 +79,7 @@ def build(shape: str, layers: int, dtype, device, sparsity: float | None = None,
 
 
 def bytes_read(model) -> int:
-    """Of the weights, what one token reads: not the embedding, unless that is the head, too, nor idle experts."""
+    """The weights that one token reads: all but the embedding, unless it is also the head, and experts not chosen."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     idle = 0 if head is embedding else embedding.nbytes
     for module in [module for stage in stages(model) for module in stage.readers + stage.writers]:
@@ -103,7 +103,7 @@ def seconds_of(work, device, calls: int = 1) -> float:
 
 
 def in_turns(works: list, rounds: int, device, label: str, calls: int = 1) -> Tensor:
-    """Seconds (works, rounds). In each round all are called once, in random order: what disturbs falls on all alike."""
+    """Seconds (works, rounds) of a call. A round runs all works, in random order: what disturbs falls on all alike."""
     seconds = torch.zeros(len(works), WARM_UP + rounds, dtype=torch.float64)
     for number in slicegpt.progress(range(WARM_UP + rounds), label, unit="round"):
         for i in torch.randperm(len(works)).tolist():
@@ -112,7 +112,7 @@ def in_turns(works: list, rounds: int, device, label: str, calls: int = 1) -> Te
 
 
 def decoder(model, prompt: Tensor, compiled_for: int | None = None):
-    """A function whose every call decodes one more token behind a prompt (B, N); compiled, for so many tokens."""
+    """A function that decodes one more token behind a prompt (B, N) at each call; compiled, for so many calls."""
     token = prompt[:, :1].clone()  # which one it is makes no difference to the time
     if compiled_for is None:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
@@ -120,16 +120,12 @@ def decoder(model, prompt: Tensor, compiled_for: int | None = None):
     length = prompt.shape[1] + compiled_for
     past = transformers.StaticCache(model.config, max_cache_len=length)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
-    # all steps have the same shapes, so on a GPU they are one graph, and Python's time to launch its kernels is gone
+    # all steps have the same shapes, so on a GPU they are one CUDA graph, and Python launches no kernels one by one
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
     position = torch.full((len(prompt), 1), prompt.shape[1] - 1, device=prompt.device)
     mask = torch.ones(len(prompt), length, dtype=torch.int64, device=prompt.device)
-
-    def decode():
-        position.add_(1)
-        step(token, attention_mask=mask, position_ids=position, cache=past, use_cache=True)
-
-    return decode
+    # the position grows in place, as a graph reads it from where it was when the graph was recorded
+    return lambda: step(token, attention_mask=mask, position_ids=position.add_(1), cache=past, use_cache=True)
 
 
 def latency(args):
@@ -173,7 +169,7 @@ def latency(args):
 def throughput(args):
     """A.6: tokens per second in the middle of sequences of --seqlen, in batches of 1, 2, 4, ...
 
-    The batch is doubled until that is slower, or memory runs out ("-"). "of best dense": of the dense network's best.
+    The batch is doubled until the speed drops, or memory runs out ("-"). of best dense: of the dense network's best.
     """
     prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
     best_dense = None
@@ -198,11 +194,11 @@ def throughput(args):
 
 
 def ops(args):
-    """A.7: milliseconds of every matrix product of a layer: dense, sliced, and 2:4 sparse ("-": torch has none here).
+    """A.7: milliseconds of each matrix product of a layer: dense, sliced, and 2:4 sparse ("-": torch has none here).
 
-    A sliced layer has two products more, by its shortcuts. "tokens": rows of the signal. Of fewer than 64, a product is
-    called 20 times in a row, as a GPU would need longer to launch one than to compute it; its weights may then be in a
-    cache, in which a whole network has no room.
+    A sliced layer also multiplies by its shortcuts. tokens: rows of the signal. With fewer than 64, a product is called
+    20 times in a row, because a single one takes a GPU less time than its launch; its weights may then stay in a cache,
+    as those of a whole network would not.
     """
     dense, sliced = (build(args.shape, 1, args.dtype, args.device, sparsity) for sparsity in (None, args.sparsity))
     if "experts" in slicegpt.architecture(dense.config).ffn.W_in:
@@ -213,16 +209,15 @@ def ops(args):
                 "sliced/dense": sliced / dense if dense else None, "2:4/dense": sparse / dense if sparse else None}
 
     for tokens in args.batch_sizes:
-        measured = []
+        calls, measured = 20 if tokens < 64 else 1, []
         for operation, works in products(dense, sliced, tokens):
-            calls = 20 if tokens < 64 else 1
             seconds = in_turns(list(works.values()), args.repeat, args.device, operation, calls).quantile(0.5, dim=1)
             measured.append(dict(zip(works, (1e3 * seconds).tolist())))
             yield row(operation, tokens, **measured[-1])
-        total = {kind: sum(ms.get(kind, 0) for ms in measured) for kind in ("dense", "sliced", "sparse")}
-        if any("dense" in ms and "sparse" not in ms for ms in measured):
-            total["sparse"] = None  # it would be a sum of some only
-        yield row("all", tokens, **total)
+        kinds = ["dense", "sliced"]
+        if all("sparse" in ms for ms in measured if "dense" in ms):  # or else it would be a sum of some only
+            kinds.append("sparse")
+        yield row("all", tokens, **{kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
 
 
 def products(dense, sliced, tokens: int):
@@ -244,12 +239,12 @@ def products(dense, sliced, tokens: int):
 
 
 def cost(args):
-    """Table 3: seconds, and the most GB in use, of slicing, and of RFT by --finetune sequences (0: none).
+    """Table 3: seconds, and GB of memory at the peak, of slicing, and of RFT on --finetune sequences (0: no RFT).
 
     forward: one pass of the same tokens through the dense network. Medians of --repeat runs, after one to warm up.
     """
     if args.finetune:
-        slicegpt.optional("peft")  # raises, before the work, if it is not there
+        slicegpt.optional("peft")  # raises before the work, if it is not installed
     for shape, samples in itertools.product(args.shapes, args.samples):
         runs = [cost_of_one(args, shape, samples) for _ in range(1 + args.repeat)][1:]
         costs = {key: median(run[key] for run in runs) for key in runs[0]}
@@ -264,12 +259,12 @@ def cost_of_one(args, shape: str, samples: int) -> dict:
         for batch in tokens.split(args.batch_size):
             model(batch.to(args.device), use_cache=False)
 
-    works = {"forward": forward,
-             "slicing": partial(slice_model, model, tokens, args.sparsity, batch_size=args.batch_size)}
+    works = {"forward": forward}  # in this order: what is fine-tuned is sliced
+    works["slicing"] = partial(slice_model, model, tokens, args.sparsity, batch_size=args.batch_size)
     if args.finetune:
         works["RFT"] = partial(torch.enable_grad()(slicegpt.finetune), model, tokens_of_rft)
     costs = {}
-    for name, work in works.items():  # in this order: what is fine-tuned is sliced
+    for name, work in works.items():
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
         with contextlib.suppress(OSError):  # Linux only; elsewhere a process's peak is that since its beginning
@@ -290,8 +285,8 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01) -> Tensor:
     if len(W) % 4:
         raise SliceGPTError(f"2:4 needs inputs in fours, and a matrix has {len(W)}")
     W = W.clone()
-    damped = (damping * H.diag().mean()).clamp_min(torch.finfo(H.dtype).tiny)  # more than 0, even if all inputs are 0
-    H = H + damped * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    least = torch.finfo(H.dtype).tiny  # even if all inputs are 0, H has an inverse
+    H = H + (damping * H.diag().mean()).clamp_min(least) * torch.eye(len(H)).to(H)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     for j in range(len(W)):
         if j % 4 == 0:
@@ -307,7 +302,7 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01) -> Tensor:
 def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
     """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
 
-    A layer is pruned on what it reads behind layers that are pruned already; all its matrices at once, the FFN's, too.
+    The matrices of a layer, of attention and FFN, are pruned together, on what they read behind the pruned layers.
     """
     parts = slicegpt.architecture(model.config)
     if "experts" in parts.ffn.W_in:
@@ -345,8 +340,8 @@ def read_model(args, sliced_too: bool = False) -> tuple:
     return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
 
 
-METHODS = {"dense": 0, "SparseGPT 2:4": None, "SliceGPT 10%": 0.1, "SliceGPT 20%": 0.2, "SliceGPT 25%": 0.25,
-           "SliceGPT 30%": 0.3}  # of Table 1, with the sparsity of SliceGPT
+# the methods of Table 1, with the sparsity that slices
+METHODS = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {share:.0%}": share for share in (0.1, 0.2, 0.25, 0.3)}
 TABLE_1 = {  # the paper's perplexities, in the order of METHODS
     "opt-125m": (27.64, 45.07, 29.34, 34.26, 37.74, 43.98), "opt-1.3b": (14.61, 29.61, 15.10, 16.43, 17.46, 19.09),
     "opt-2.7b": (12.46, 14.90, 12.75, 13.73, 14.56, 15.83), "opt-6.7b": (10.85, 13.00, 10.92, 11.48, 11.90, 12.51),
@@ -393,8 +388,9 @@ def tasks(args):
             found = slicegpt.optional("lm_eval").simple_evaluate(
                 lm, tasks=args.tasks.replace(",", " ").split(), task_manager=manager, limit=args.limit or None)
         accuracies = []
-        for name in [name for name in found["results"] if not found["group_subtasks"].get(name)]:
-            result = found["results"][name]
+        for name, result in found["results"].items():
+            if found["group_subtasks"].get(name):
+                continue  # a group has a result, too
             metric = "acc_norm" if "acc_norm,none" in result else "acc"
             accuracies.append(result[f"{metric},none"])
             yield {"network": network, "task": name, "metric": metric, "accuracy": accuracies[-1],
@@ -420,11 +416,11 @@ def spectrum(args):
 
 
 def quality(args):
-    """Perplexity, size and time of every method at every size: SparseGPT 2:4, "block", "shared", and beyond.
+    """Perplexity, size and time of every method at every size; networks have the sizes of --sparsities or --params.
 
-    "learned": the one rotation, turned by --learn steps; "tied": embedding and head are one matrix, as in the model.
-    2:4: weights that are not zero, bytes in a 2:4 format, the time of dense products. Formats: of sliced networks, but
-    not of the dense one, the signal is turned at random before rounding, as weights of one size lose less.
+    learned: Q is improved by --learn steps of descent. tied: embedding and head stay one matrix. Of SparseGPT 2:4,
+    parameters are those that are not zero, bytes those of a 2:4 format, the time that of dense products. --formats:
+    sliced networks are rotated at random before they are rounded, as weights of similar size lose less by it.
     """
     model, inputs, where = read_model(args)
     widths = {args.round_to, *(W.shape[-1] for W in model.parameters() if W.dim() > 1)}
@@ -461,10 +457,12 @@ def by_every_method(args, model, calibration, where) -> list[tuple]:
     """(method, network, number of weights that are pruned), for `quality`. Raises, before the work, for bad sizes."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, args.round_to) for sparsity in args.sparsities]
-    sizes = {head: [slicegpt.dimension_for(model.config, share, args.round_to, "shared", head) for share in args.params]
-             or by_sparsity for head in (["sliced", "tied"] if tied else ["sliced"])}
+    sizes = {}  # of the networks with one Q for all
+    for head in ["sliced", "tied"] if tied else ["sliced"]:
+        by_params = [dimension_for(model.config, share, args.round_to, "shared", head) for share in args.params]
+        sizes[head] = by_params or by_sparsity
 
-    def random_rotation(d: int) -> Tensor:  # changes nothing (Theorem 1), but for rounding: see `quality`
+    def random_rotation(d: int) -> Tensor:  # it changes nothing but the rounding (Theorem 1)
         return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
 
     sparse = copy.deepcopy(model)
@@ -536,9 +534,12 @@ def draw(rows: list[dict], path: Path, label: str, x: str, y: str, x_scale: str 
 
 
 def run(args):
+    """Runs a command, and shows and writes each row that it yields."""
     for path in filter(None, (args.json, args.plot)):
         with slicegpt.failing(f"cannot write {path}"):
-            open(path, "a").close()  # now, and not after the work
+            open(path, "a").close()  # fails now, rather than after the work
+    if args.plot:
+        slicegpt.optional("matplotlib")  # raises now, likewise
     torch.manual_seed(0)
     rows = []
     with torch.no_grad():  # except where something is trained

@@ -2252,15 +2252,14 @@ def test_latency_is_that_of_networks_which_read_as_much_less_as_is_sliced(shape)
 
 def test_throughput_is_compared_with_the_best_of_the_dense_network(shape):
     _, (dense, *sliced) = benchmark("throughput", *shape, "--seqlen", 20, "--tokens", 4, "--max-batch-size", 1)
-    assert [row["network"] for row in sliced] == ["block 25%", "block 50%"]
-    assert all(row["of best dense"] == row["tokens/s"] / dense["tokens/s"] for row in sliced)
+    assert [(row["network"], row["of best dense"]) for row in sliced] == [
+        (f"block {name}%", row["tokens/s"] / dense["tokens/s"]) for name, row in zip((25, 50), sliced)]
 
 
 def test_the_products_of_a_sliced_layer_are_those_of_its_matrices_and_shortcuts(shape):
     _, (*rows, total) = benchmark("ops", *shape, "--repeat", 3, "--batch-sizes", 5)
     assert [row["operation"] for row in rows if row["dense"] is None] == ["attention_shortcut", "mlp_shortcut"]
     assert len(rows) == 9 and math.isclose(total["sliced"], sum(row["sliced"] for row in rows))
-    assert total["sliced/dense"] == total["sliced"] / total["dense"]
 
 
 @does_more_with_packages  # peft
@@ -2271,9 +2270,8 @@ def test_cost_is_the_time_and_memory_of_slicing_and_finetuning(shape):
     assert row["slicing/forward"] == row["slicing s"] / row["forward s"]
 
 
-@pytest.mark.parametrize("shape, count, gigabytes", [
-    ("opt-6.7b", 6_658_473_984, 6.7), ("llama-2-70b", 68_976_648_192, 68.7), ("smollm2-135m", 134_515_008, 0.1),
-    ("mixtral-8x7b", 46_702_792_704, 12.7)])
+@pytest.mark.parametrize("shape, count, gigabytes", [("opt-6.7b", 6_658_473_984, 6.7), (
+    "llama-2-70b", 68_976_648_192, 68.7), ("smollm2-135m", 134_515_008, 0.1), ("mixtral-8x7b", 46_702_792_704, 12.7)])
 def test_networks_have_their_published_size_and_read_the_chosen_experts(shape, count, gigabytes):
     model = bench.build(shape, 0, torch.float16, "meta")  # 2 bytes a weight
     assert (parameters(model), round(bench.bytes_read(model) / 2e9, 1)) == (count, gigabytes)
@@ -2282,13 +2280,13 @@ def test_networks_have_their_published_size_and_read_the_chosen_experts(shape, c
 @given(st.integers(2, 20), st.integers(50, 60), SEEDS)
 def test_sparsegpt_zeroes_two_of_every_four_weights_and_spreads_the_error(fours, outputs, seed):
     inputs = 4 * fours
-    W, X = random_matrix(seed, inputs, outputs), random_matrix(seed + 1, 4 * inputs, inputs)
-    X = X @ (torch.eye(inputs) + 0.1 * random_matrix(seed + 2, inputs, inputs))
-    pruned, smallest = bench.prune(W, X.T @ X), W.view(fours, 4, outputs).abs().argsort(1)[:, :2]
+    W, mixture = random_matrix(seed, inputs, outputs), torch.eye(inputs) + 0.1 * random_matrix(seed + 2, inputs, inputs)
+    X = random_matrix(seed + 1, 4 * inputs, inputs) @ mixture
+    pruned, by_magnitude = bench.prune(W, X.T @ X), bench.prune(W, torch.eye(inputs).double())
+    kept = W.view(fours, 4, outputs).abs().argsort(1).argsort(1) >= 2
+    assert torch.equal(by_magnitude, W * kept.view_as(W))  # nothing to be spread over
     assert ((pruned.view(fours, 4, outputs) == 0).sum(1) == 2).all()
-    by_magnitude = W.view(fours, 4, outputs).scatter(1, smallest, 0).view_as(W)
     assert (X @ (W - pruned)).norm() < (X @ (W - by_magnitude)).norm()
-    assert torch.equal(bench.prune(W, torch.eye(inputs).double()), by_magnitude)  # nothing to be spread over
 
 
 @a_few(SEEDS, families=["opt", "llama", "gpt2", "phi"])
@@ -2307,31 +2305,30 @@ def test_sparsegpt_prunes_what_attention_reads_after_the_pruned_layers(model, se
 @pytest.mark.parametrize("samples, paper", [(1024, [27.64, 45.07, 29.34, 34.26, 37.74, 43.98]), (128, [None] * 6)])
 def test_table_1_has_the_papers_figures_only_beside_those_of_its_settings(tiny, monkeypatch, samples, paper):
     dense, evaluation, calibration = inputs_of(tiny, "model")
-    inputs, where = SimpleNamespace(evaluation=evaluation, calibration=calibration, device=dense.device), [8, "cpu"]
-    monkeypatch.setattr(bench, "read_model", lambda _: (dense, inputs, dict(zip(["batch_size", "device"], where))))
+    inputs = SimpleNamespace(evaluation=evaluation, calibration=calibration, device=dense.device)
+    monkeypatch.setattr(bench, "read_model", lambda _: (dense, inputs, {"batch_size": 8, "device": "cpu"}))
     settings = {"calibration": "wikitext2", "eval": "wikitext2", "eval_samples": None, "seqlen": 2048, "round_to": 8}
     rows = [*bench.table1(SimpleNamespace(models=["facebook/opt-125m"], samples=samples, **settings))]
     assert [row["paper"] for row in rows] == paper
     sparse, sliced = copy.deepcopy(dense), slice_model(copy.deepcopy(dense), calibration, 0.3)
-    bench.sparsegpt(sparse, calibration, *where)
-    for i, model in ((0, dense), (1, sparse), (-1, sliced)):
-        assert rows[i]["perplexity"] == perplexity(model, evaluation)
+    bench.sparsegpt(sparse, calibration, 8, "cpu")
+    for row, model in ((rows[0], dense), (rows[1], sparse), (rows[-1], sliced)):
+        assert row["perplexity"] == perplexity(model, evaluation)
 
 
 @needs("lm_eval")
 def test_tasks_are_scored_for_the_dense_and_the_sliced_network_with_standard_errors(tiny, tmp_path):
-    questions = [{"question": f"the {'abc'[i % 3]} is", "choices": ["a fox", "lazy", "the dog"], "answer": i % 2}
-                 for i in range(30)]
+    questions = [{"question": "abc"[i % 3], "choices": ["a fox", "lazy"], "answer": i % 2} for i in range(30)]
     (tmp_path / "letters.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "letters.yaml").write_text(json.dumps({  # which is YAML, too
         "task": "letters", "dataset_path": "json", "dataset_kwargs": {"data_files": {
             "test": str(tmp_path / "letters.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
         "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer"}))
     _, rows = benchmark("tasks", *on(tiny), "--tasks-path", tmp_path, "--sparsity", 0.5, "--tasks", "letters")
-    assert [row["network"] for row in rows] == ["dense", "dense", "sliced", "sliced"]
-    for row, accuracy in ((rows[0], rows[1]["accuracy"]), (rows[2], rows[3]["accuracy"])):  # a task, and the average
-        assert row["accuracy"] == accuracy
-        assert math.isclose(row["standard error"], (accuracy * (1 - accuracy) / 29) ** 0.5, rel_tol=1e-6)
+    assert [row["task"] for row in rows] == ["letters", "average"] * 2
+    for row in rows[::2]:
+        variance = row["accuracy"] * (1 - row["accuracy"]) / (len(questions) - 1)
+        assert math.isclose(row["standard error"], math.sqrt(variance), rel_tol=1e-6)
 
 
 @does_more_with_packages  # matplotlib
@@ -2360,11 +2357,11 @@ def test_quality_has_a_row_for_each_method_and_size_and_counts_what_2_4_keeps(ti
 
 
 @needs("gguf")
-@pytest.mark.parametrize("format, size, error", [("Q8_0", 34, 0.01), ("Q4_0", 18, 0.1)])
-def test_weights_are_rounded_to_blocks_of_32_of_so_many_bytes(format, size, error):
-    rounded, bytes_per_weight = bench.rounded(random_matrix(0, 8, 64), format)
-    assert_same(rounded.double(), random_matrix(0, 8, 64), error)
-    assert bytes_per_weight == size / 32
+def test_weights_are_rounded_to_blocks_of_32():
+    for format, size, error in (("Q8_0", 34, 0.01), ("Q4_0", 18, 0.1)):
+        rounded, bytes_per_weight = bench.rounded(random_matrix(0, 8, 64), format)
+        assert_same(rounded.double(), random_matrix(0, 8, 64), error)
+        assert bytes_per_weight == size / 32
 
 
 def test_what_has_been_measured_is_printed_and_written_whatever_ends_it(tiny, tmp_path, monkeypatch):
