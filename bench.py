@@ -65,7 +65,7 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
 
 
 def build(shape: str, layers: int, dtype, device, sparsity: float | None = None, shared: bool = False):
-    """A network of a published shape with so many layers (0: all): dense, or sliced if there is a sparsity."""
+    """A network of a published shape, with so many layers (0: all): dense, or of this sparsity, "block" or "shared"."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     gc.collect()  # an earlier network that was sliced is a cycle: its layers hold their stages, and these the layers
@@ -132,9 +132,9 @@ def latency(args):
     """Table 2: the time of one token behind a prompt: median, 10th and 90th percentile over --tokens rounds.
 
     of dense: divided by the dense network's time in the same round. GB/token: weights that a token reads. of copy GB/s:
-    how fast it reads them, as a share of how fast memory is copied. --layers, for networks that do not fit: so many and
-    half as many layers are measured, and the medians extrapolated. Without --compile, small networks and batches on a
-    GPU measure how fast Python launches kernels.
+    how fast it reads them, as a share of how fast memory is copied. --layers, for networks that do not fit: so many (at
+    least 2) and half as many layers are measured, and the medians extrapolated, so p10 and p90 are those, too. Without
+    --compile, small networks and batches on a GPU measure how fast Python launches kernels.
     """
     published = SHAPES[args.shape][1]["num_hidden_layers"]
     deep = max(2, min(args.layers or published, published))
@@ -561,7 +561,7 @@ def main(argv=None) -> int:
     choices = {"shape": SHAPES, "shapes": SHAPES, "dtype": ["float64", "float32", "float16", "bfloat16"]}
 
     def add(command, axes: tuple, **options):
-        """Adds a command; axes: what `draw` draws; options: its own, with type and default, which may be a list."""
+        """Adds a command. axes: what `draw` draws. options: its own, as (type, default); a list takes several."""
         subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
         subparser.set_defaults(command=command, axes=axes)
         if command in (latency, throughput, ops, cost):
