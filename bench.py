@@ -522,7 +522,7 @@ def draw(rows: list[dict], path: Path, label: str, x: str, y: str, x_scale: str 
     curves = {row[label]: [] for row in rows}
     for row in rows:
         points = enumerate(row[y]) if isinstance(row[y], list) else [(row[x], row[y])]  # a spectrum has its own x
-        curves[row[label]] += [point for point in points if None not in point]
+        curves[row[label]] += [(a, b) for a, b in points if None not in (a, b) and b > 1e-6]  # less is rounding
     figure = slicegpt.optional("matplotlib.figure").Figure(layout="tight")
     panel = figure.subplots()
     colours = slicegpt.optional("matplotlib").colormaps["viridis"](torch.linspace(0, 0.9, len(curves)).numpy())
