@@ -1,72 +1,71 @@
-"""Measures what the paper says of speed, cost and quality (section 4, A.4, A.6, A.7); and SparseGPT 2:4 beside it.
+"""Measures what the paper says of speed, cost and quality (section 4, A.4, A.6, A.7).
 
-    python bench.py latency --shape opt-1.3b     # Table 2: the time of one generated token (default, of opt-125m)
-    python bench.py throughput --shape opt-125m  # A.6: tokens per second, in batches as large as pays
-    python bench.py ops --shape opt-6.7b         # A.7: the time of every matrix product of a layer
-    python bench.py cost                         # Table 3: the time and memory of slicing, and of RFT (needs peft)
-    python bench.py table1 --models DIR DIR      # Table 1: perplexity, dense, SparseGPT 2:4, SliceGPT
-    python bench.py tasks --model DIR            # Figure 5: zero-shot accuracy, dense and sliced
-    python bench.py quality --plot quality.png   # perplexity, parameters and time of all ways to slice
-    python bench.py spectrum --plot spectrum.png # Figure 8: how few directions the signal needs
+    python bench.py latency --shape opt-1.3b      # Table 2: the time of one generated token
+    python bench.py throughput --shape opt-125m   # A.6: tokens per second, in batches as large as pays
+    python bench.py ops --shape opt-6.7b          # A.7: the time of every matrix product of a layer
+    python bench.py cost                          # Table 3: the time and memory of slicing, and of RFT (needs peft)
+    python bench.py table1 --models DIR DIR       # Table 1: perplexity: dense, SparseGPT 2:4, SliceGPT
+    python bench.py tasks --model DIR             # Figure 5: zero-shot accuracy (needs lm_eval)
+    python bench.py spectrum --plot spectrum.png  # Figure 8: how few directions the signal needs
+    python bench.py quality --plot quality.png    # beyond the paper: perplexity, size and time of every way to slice
 
-The first four download nothing: networks of published shapes get random weights, as speed does not depend on these,
-and --layers of their layers (0: all). The others take a real model, and the options of slicegpt.py. All take --json,
-and all but ops and tasks --plot FILE.png. A time is the median of several rounds, in which all that is compared takes
-turns; `of dense time` is that of the ratios in the same round. GB/token: without an embedding and idle experts.
+The first four need no model: networks of published shapes get random weights, as speed does not depend on these. The
+others take a model and texts, by the options of slicegpt.py. Without a command, it is latency of opt-125m. A network is
+dense; or sliced with a Q for each block, the paper's method ("block"); or, beyond the paper, with one Q for all blocks,
+which needs no shortcuts ("shared").
 
-A command is a function with its options as parameters behind `args`, the shared ones, and `rows`, which it appends to.
+Each command is a generator of the rows of a table. A row is printed, and the file of --json written anew, as soon as it
+is measured, so a long run that ends early loses nothing. "-" in a table means that there is no such figure.
 """
 import argparse
 import contextlib
 import copy
 import gc
-import inspect
-import io
 import itertools
 import json
-import signal
 import sys
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import slicegpt
-from slicegpt import SliceGPTError, parameters, slice_model, sliced_dimension, stages
+from slicegpt import SliceGPTError, dimension_for, parameters, slice_model, sliced_dimension, stages
 
 
 # ---- Networks of published shapes, with random weights --------------------------------------------------------------
 def opt(width, layers, heads):
-    return "opt", {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width, "vocab_size": 50272,
-                   "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048}
+    return "opt", dict(hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, num_hidden_layers=layers,
+                       num_attention_heads=heads, vocab_size=50272, max_position_embeddings=2048)
 
 
-def llama_like(width, layers, heads, kv_heads, ffn, vocabulary=32000, family="llama", **more):
-    return family, {"hidden_size": width, "intermediate_size": ffn, "vocab_size": vocabulary,
-                    "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-                    "tie_word_embeddings": False, "max_position_embeddings": 4096} | more
+def llama_like(width, layers, heads, kv_heads, ffn, vocabulary=32000, family="llama", tied=False, **more):
+    return family, dict(hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+                        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096,
+                        tie_word_embeddings=tied, **more)
 
 
 SHAPES = {  # name: Hugging Face's model_type, and options of its config
-    "opt-125m": opt(768, 12, 12), "opt-350m-like": opt(1024, 24, 16), "opt-1.3b": opt(2048, 24, 32),
-    "opt-2.7b": opt(2560, 32, 32), "opt-6.7b": opt(4096, 32, 32), "opt-13b": opt(5120, 40, 40),
-    "opt-30b": opt(7168, 48, 56), "opt-66b": opt(9216, 64, 72),
-    "smollm2-135m": llama_like(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True),
+    "opt-125m": opt(768, 12, 12), "opt-350m-like": opt(1024, 24, 16),  # the real one has norms behind its blocks
+    "opt-1.3b": opt(2048, 24, 32), "opt-2.7b": opt(2560, 32, 32), "opt-6.7b": opt(4096, 32, 32),
+    "opt-13b": opt(5120, 40, 40), "opt-30b": opt(7168, 48, 56), "opt-66b": opt(9216, 64, 72),
+    "smollm2-135m": llama_like(576, 30, 9, 3, 1536, 49152, tied=True),
     "llama-2-7b": llama_like(4096, 32, 32, 32, 11008), "llama-2-13b": llama_like(5120, 40, 40, 40, 13824),
     "llama-2-70b": llama_like(8192, 80, 64, 8, 28672),
     "mixtral-8x7b": llama_like(4096, 32, 32, 8, 14336, family="mixtral", num_local_experts=8, num_experts_per_tok=2),
     "qwen3-30b-a3b": llama_like(2048, 48, 32, 4, 6144, 151936, family="qwen3_moe", head_dim=128, num_experts=128,
                                 num_experts_per_tok=8, moe_intermediate_size=768),
     "gpt-oss-20b": llama_like(2880, 24, 64, 8, 2880, 201088, family="gpt_oss", head_dim=64, num_local_experts=32,
-                              num_experts_per_tok=4)}  # the real OPT-350M has norms behind its blocks
+                              num_experts_per_tok=4)}
 
 
-def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared: bool = False):
-    """A network of a published shape, with `layers` (0: all): dense (sparsity None), or sliced (shared: by one Q)."""
+def build(shape: str, layers: int, dtype, device, sparsity: float | None = None, shared: bool = False):
+    """A network of a published shape, with so many layers (0: all): dense, or of this sparsity, "block" or "shared"."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     gc.collect()  # an earlier network that was sliced is a cycle: its layers hold their stages, and these the layers
@@ -79,283 +78,247 @@ def build(shape: str, sparsity: float | None, layers: int, dtype, device, shared
         return slicegpt.standard(slicegpt.sliced_class(base)._from_config(config, dtype=dtype))[0].eval()
 
 
-def weight_bytes(model) -> int:
-    """What one token reads: all weights but the embedding's, if the head has others, and those of idle experts."""
+def bytes_read(model) -> int:
+    """The weights that one token reads: all but the embedding, unless it is also the head, and experts not chosen."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     idle = 0 if head is embedding else embedding.nbytes
-    for linear in (linear for stage in stages(model) for linear in stage.readers + stage.writers):
-        if isinstance(linear, slicegpt.Expert):  # of_all[0] has a row for each expert of a layer
-            idle += linear.weight.nbytes * (1 - model.config.num_experts_per_tok / len(linear.of_all[0]))
+    for module in [module for stage in stages(model) for module in stage.readers + stage.writers]:
+        if isinstance(module, slicegpt.Expert):  # of_all[0] has the weights of all experts of the layer
+            idle += module.weight.nbytes * (1 - model.config.num_experts_per_tok / len(module.of_all[0]))
     return round(sum(weight.nbytes for weight in model.parameters()) - idle)
 
 
-# ---- Measuring and showing ------------------------------------------------------------------------------------------
-WARM_UP = 4  # rounds, which do not count
-HEADINGS = {  # of the columns, where the keys of --json do not say enough
-    "ms": "ms/token", "time": "of dense time", "time_p10": "its p10", "time_p90": "its p90", "gigabytes": "GB/token",
-    "bytes": "of dense GB", "held": "GB held", "bandwidth": "of copy GB/s", "copy_gigabytes_per_second": "copy GB/s",
-    "speed": "tokens/s", "sparse": "2:4", "sliced_time": "sliced/dense", "sparse_time": "2:4/dense",
-    "share": "of dense parameters"}
+# ---- Speed ----------------------------------------------------------------------------------------------------------
+WARM_UP = 4  # rounds that do not count
 
 
-@torch.no_grad()
-def in_turns(works: list, rounds: int, device, label: str, warm_up: int = WARM_UP) -> Tensor:
-    """Seconds (works, rounds): each is called once a round, in random order, so what disturbs it falls on all alike."""
-    synchronize = torch.get_device_module(device).synchronize
-    seconds = torch.zeros(len(works), warm_up + rounds, dtype=torch.float64)
-    for number in slicegpt.progress(range(warm_up + rounds), label, unit="round"):
+def seconds_of(work, device, calls: int = 1) -> float:
+    synchronize = torch.get_device_module(device).synchronize  # a GPU works on after a call has returned
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def in_turns(works: list, rounds: int, device, label: str, calls: int = 1) -> Tensor:
+    """Seconds (works, rounds) of a call. A round runs all works, in random order: what disturbs falls on all alike."""
+    seconds = torch.zeros(len(works), WARM_UP + rounds, dtype=torch.float64)
+    for number in slicegpt.progress(range(WARM_UP + rounds), label, unit="round"):
         for i in torch.randperm(len(works)).tolist():
-            synchronize()
-            start = time.perf_counter()
-            works[i]()
-            synchronize()
-            seconds[i, number] = time.perf_counter() - start
-    return seconds[:, warm_up:]
+            seconds[i, number] = seconds_of(works[i], device, calls)
+    return seconds[:, WARM_UP:]
 
 
-@torch.no_grad()
-def decoder(model, prompt: Tensor, room: int | None = None):
-    """A function whose every call decodes one more token behind a prompt (B, N); compiled, for a room of so many."""
+def decoder(model, prompt: Tensor, compiled_for: int | None = None):
+    """A function that decodes one more token behind a prompt (B, N) at each call; compiled, for so many calls."""
     token = prompt[:, :1].clone()  # which one it is makes no difference to the time
-    if room is None:
+    if compiled_for is None:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
-    past = transformers.StaticCache(model.config, max_cache_len=room)
+    length = prompt.shape[1] + compiled_for
+    past = transformers.StaticCache(model.config, max_cache_len=length)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
-    # all steps have the same shapes: on a GPU they are one graph, and Python's time to hand out the work does not count
+    # all steps have the same shapes, so on a GPU they are one CUDA graph, and Python launches no kernels one by one
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    positions = torch.full((len(prompt), 1), prompt.shape[1] - 1, device=prompt.device)
-    mask = torch.ones(len(prompt), room, dtype=torch.int64, device=prompt.device)
-    return lambda: step(token, attention_mask=mask, position_ids=positions.add_(1), cache=past, use_cache=True)
+    position = torch.full((len(prompt), 1), prompt.shape[1] - 1, device=prompt.device)
+    mask = torch.ones(len(prompt), length, dtype=torch.int64, device=prompt.device)
+    # the position grows in place, as a graph reads it from where it was when the graph was recorded
+    return lambda: step(token, attention_mask=mask, position_ids=position.add_(1), cache=past, use_cache=True)
 
 
-def show(args, note: str | None, rows: list[dict]):
-    """Prints options, a note, and a table: of each row a name, under its first key, and figures; or as JSON, too."""
-    def text(value):
-        if isinstance(value, str | None):
-            return value or "-"
-        return f"{value:,d}" if isinstance(value, int) else f"{value:.3f}"
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "eigenvalues"]
-    table = [["", *(HEADINGS.get(key, key) for key in keys[1:])]]
-    table += [[text(row.get(key)) for key in keys] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    options = vars(args) | dict.fromkeys(("command", "options", "json", "plot"))
-    said = [f"{name} {value}" for name, value in options.items() if value not in (None, "", ())]
-    print(f"{args.command.__name__}: {', '.join(filter(None, [*said, note]))}")
-    for name, *cells in table:
-        print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
-    print(flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+def latency(args):
+    """Table 2: the time of one token behind a prompt: median, 10th and 90th percentile over --tokens rounds.
 
-
-def draw(args, rows: list[dict], name: str, x: str, y: str, x_scale="linear", y_scale="linear"):
-    """--plot: y against x, with a curve for all rows of one name."""
-    if not args.plot:
-        return
-    names = list(dict.fromkeys(row[name] for row in rows))
-    plot = slicegpt.optional("matplotlib.figure").Figure(layout="tight")
-    panel = plot.subplots()
-    panel.set_prop_cycle(color=slicegpt.optional("matplotlib").colormaps["viridis"](torch.linspace(0, 0.9, len(names))))
-    for label in names:
-        points = sorted((row[x], row[y]) for row in rows if row[name] == label and None not in (row[x], row[y]))
-        panel.plot(*zip(*points), marker=".", label=label)
-    panel.set(xlabel=HEADINGS.get(x, x), ylabel=HEADINGS.get(y, y), xscale=x_scale, yscale=y_scale)
-    panel.legend(fontsize="x-small", ncols=1 + len(names) // 12)
-    plot.savefig(args.plot)
-
-
-# ---- Speed ----------------------------------------------------------------------------------------------------------
-def latency(args, rows, shape="opt-125m", sparsity=0.25, layers=0, batch_size=1, prompt_lengths=(128, 512), tokens=50,
-            compile=False):
-    """Table 2: the time of one token: dense, sliced by a Q per block, and, beyond the paper, by one Q shared by all.
-
-    prompt: tokens before it. of copy GB/s: the speed of reading the network, to that of copying memory. With --layers,
-    so many and half as many are measured, and the medians (thus also p10, p90) extrapolated. Without --compile, small
-    networks and batches on a GPU measure how fast Python hands out the work.
+    of dense: divided by the dense network's time in the same round. GB/token: weights that a token reads. of copy GB/s:
+    how fast it reads them, as a share of how fast memory is copied. --layers, for networks that do not fit: so many (at
+    least 2) and half as many layers are measured, and the medians extrapolated, so p10 and p90 are those, too. Without
+    --compile, small networks and batches on a GPU measure how fast Python launches kernels.
     """
-    published = SHAPES[shape][1]["num_hidden_layers"]
-    depths = [layers, layers // 2] if 0 < layers < published else [published]
-    if depths[-1] < 1:
-        raise SliceGPTError("--layers must be 0, for all, or at least 2")
-    further = (published - depths[0]) / max(1, depths[0] - depths[-1])
-    networks = {"dense": partial(build, shape, None), f"block {sparsity:.0%}": partial(build, shape, sparsity),
-                f"shared {sparsity:.0%}": partial(build, shape, sparsity, shared=True)}
-    models = [new(layers=depth, dtype=args.dtype, device=args.device) for depth in depths for new in networks.values()]
-    whole = [new(layers=0, dtype=args.dtype, device="meta") for new in networks.values()]
-    sizes = [(weight_bytes(model), sum(weight.nbytes for weight in model.parameters())) for model in whole]
+    published = SHAPES[args.shape][1]["num_hidden_layers"]
+    deep = max(2, min(args.layers or published, published))
+    shallow = deep // 2
+    networks = {"dense": {}, f"block {args.sparsity:.0%}": {"sparsity": args.sparsity},
+                f"shared {args.sparsity:.0%}": {"sparsity": args.sparsity, "shared": True}}
+    whole = [build(args.shape, 0, args.dtype, "meta", **how) for how in networks.values()]  # without data, for sizes
+    models = [build(args.shape, depth, args.dtype, args.device, **how)
+              for depth in ([deep] if deep == published else [deep, shallow]) for how in networks.values()]
     source, target = torch.ones(2, 2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # beyond caches
     percentiles = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    for length in prompt_lengths:
-        if compile:
-            torch.compiler.reset()  # torch compiles a function for a few shapes only, and then refuses
-        prompt = torch.randint(10, 1000, (batch_size, length), device=args.device)
-        room = length + WARM_UP + tokens if compile else None
-        works = [*(decoder(model, prompt, room) for model in models), lambda: target.copy_(source)]
-        seconds = in_turns(works, tokens, args.device, "decoding")
-        copied = 2 * source.nbytes / seconds[-1].quantile(0.5).item()
-        if further:  # each layer adds the same; of medians, as of each round it would be the noise that is extrapolated
-            deep, shallow, _ = seconds.quantile(0.5, dim=1, keepdim=True).split(len(networks))
-            seconds = deep + (deep - shallow) * further
-        for name, times, (read, held) in zip(networks, seconds, sizes):
-            ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
-            ratio, ratio_p10, ratio_p90 = (times / seconds[0]).quantile(percentiles).tolist()
-            rows.append({"network": name, "prompt": length, "ms": ms, "p10": p10, "p90": p90, "time": ratio,
-                         "time_p10": ratio_p10, "time_p90": ratio_p90, "gigabytes": read / 1e9,
-                         "bytes": read / sizes[0][0], "held": held / 1e9, "bandwidth": 1e3 * read / ms / copied,
-                         "copy_gigabytes_per_second": copied / 1e9})
-    draw(args, rows, "network", "prompt", "ms")
+    for length in args.prompt_lengths:
+        torch.compiler.reset()  # torch compiles a function for a few shapes only, and then refuses
+        prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
+        compiled_for = WARM_UP + args.tokens if args.compile else None
+        works = [decoder(model, prompt, compiled_for) for model in models] + [lambda: target.copy_(source)]
+        seconds = in_turns(works, args.tokens, args.device, "decoding")
+        copied_per_second = 2 * source.nbytes / seconds[-1].quantile(0.5).item()  # it reads, and writes
+        if deep < published:  # each layer adds the same; of medians, or it would be the noise that is extrapolated
+            at_deep, at_shallow, _ = seconds.quantile(0.5, dim=1, keepdim=True).split(len(networks))
+            seconds = at_deep + (at_deep - at_shallow) / (deep - shallow) * (published - deep)
+        for name, model, times in zip(networks, whole, seconds):
+            ms, ms_p10, ms_p90 = (1e3 * times).quantile(percentiles).tolist()
+            share, share_p10, share_p90 = (times / seconds[0]).quantile(percentiles).tolist()
+            read, held = bytes_read(model), sum(weight.nbytes for weight in model.parameters())
+            yield {"network": name, "prompt": length, "ms/token": ms, "p10": ms_p10, "p90": ms_p90, "of dense": share,
+                   "its p10": share_p10, "its p90": share_p90, "GB/token": read / 1e9,
+                   "of dense GB": read / bytes_read(whole[0]), "GB held": held / 1e9,
+                   "of copy GB/s": read / (ms / 1e3) / copied_per_second, "copy GB/s": copied_per_second / 1e9}
 
 
-def throughput(args, rows, shape="opt-125m", sparsities=(0.25, 0.5), layers=0, max_batch_size=1024, seqlen=128,
-               tokens=16):
-    """A.6: tokens/s in the middle of --seqlen, in batches that are doubled until it drops or memory runs out."""
-    prompt_length = (seqlen - tokens) // 2 - WARM_UP
-    if prompt_length < 1:
-        raise SliceGPTError(f"--seqlen must be at least {tokens + 2 * WARM_UP + 2} for --tokens {tokens}")
-    for sparsity in sparsities:
-        sliced_dimension(SHAPES[shape][1]["hidden_size"], sparsity)  # raises for what cannot be, before the work
-    for sparsity in (None, *sparsities):
-        name = "dense" if sparsity is None else f"block {sparsity:.0%}"
-        best = {"speed": 0}  # the row of the best batch so far
-        model = build(shape, sparsity, layers, args.dtype, args.device)
-        for batch in [2**i for i in range(max_batch_size.bit_length())]:
-            row = {"network": name, "batch": batch, "speed": None, "note": "out of memory"}
+def throughput(args):
+    """A.6: tokens per second in the middle of sequences of --seqlen, in batches of 1, 2, 4, ...
+
+    The batch is doubled until the speed drops, or memory runs out ("-"). of best dense: of the dense network's best.
+    """
+    prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
+    best_dense = None
+    for sparsity in (None, *args.sparsities):  # and not in turns, so that each network has the memory to itself
+        model = build(args.shape, args.layers, args.dtype, args.device, sparsity)
+        best, batch = 0, 1
+        while batch <= args.max_batch_size:
             prompt = torch.randint(10, 1000, (batch, prompt_length), device=args.device)
-            with contextlib.suppress(torch.OutOfMemoryError):
-                seconds = in_turns([decoder(model, prompt)], tokens, args.device, "decoding").quantile(0.5).item()
-                row |= {"speed": batch / seconds, "note": ""}
-            rows.append(row)
-            if row["speed"] is None or row["speed"] < best["speed"]:
+            try:
+                seconds = in_turns([decoder(model, prompt)], args.tokens, args.device, "decoding")
+                speed = batch / seconds.quantile(0.5).item()
+            except torch.OutOfMemoryError:
+                speed = None
+            yield {"network": "dense" if sparsity is None else f"block {sparsity:.0%}", "batch": batch,
+                   "tokens/s": speed, "of best dense": speed / best_dense if speed and best_dense else None}
+            if speed is None or speed < best:
                 break
-            best = row
-        del model  # before the next is built
+            best, batch = speed, 2 * batch
         if sparsity is None:
-            dense = best
-        best["note"] = f"best: {best['speed'] / dense['speed']:.2f} of dense" if dense["speed"] else "best"
-    draw(args, rows, "network", "batch", "speed", "log", "log")
+            best_dense = best
+        del model  # before the next is built
 
 
-@torch.no_grad()
-def ops(args, rows, shape="opt-125m", sparsity=0.25, batch_sizes=(1, 2048), repeat=50):
-    """A.7: ms of every matrix product of a layer: dense, sliced (with shortcuts, X S), and 2:4 sparse if torch can."""
-    dense, sliced = (build(shape, each, 1, args.dtype, args.device) for each in (None, sparsity))
+def ops(args):
+    """A.7: milliseconds of each matrix product of a layer: dense, sliced, and 2:4 sparse ("-": torch has none here).
+
+    A sliced layer also multiplies by its shortcuts. tokens: rows of the signal. With fewer than 64, a product is called
+    20 times in a row, because a single one takes a GPU less time than its launch; its weights may then stay in a cache,
+    as those of a whole network would not.
+    """
+    dense, sliced = (build(args.shape, 1, args.dtype, args.device, sparsity) for sparsity in (None, args.sparsity))
     if "experts" in slicegpt.architecture(dense.config).ffn.W_in:
         raise SliceGPTError("the products of experts are not measured here")
-    random = partial(torch.randn, dtype=args.dtype, device=args.device)
-    why_not = None  # there is no 2:4 product
-    for tokens in batch_sizes:
-        products = {}  # name: {kind: function}
-        for before, after in zip(stages(dense), stages(sliced)):
-            for path in [path for block in before.blocks for path in f"{block.W_in} {block.W_out}".split()]:
-                linear, narrow = (stage.layer.get_submodule(path) for stage in (before, after))
-                x, x_sliced = (random(tokens, module.in_features) for module in (linear, narrow))
-                products[path] = {"dense": partial(linear, x), "sliced": partial(narrow, x_sliced)}
-                try:
-                    mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
-                    W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
-                    nn.functional.linear(x, W, linear.bias)
-                    products[path]["sparse"] = partial(nn.functional.linear, x, W, linear.bias)
-                except Exception as error:  # torch has many ways to say that it has no such product
-                    why_not = f"2:4: torch has no such product here ({slicegpt.first_line(error)})"
-            X = random(tokens, len(after.shortcut))
-            products[after.shortcut_name] = {"sliced": partial(torch.matmul, X, after.shortcut)}
-        total = {"dense": 0, "sliced": 0, "sparse": 0}
-        for operation, works in products.items():
-            seconds = in_turns(list(works.values()), repeat, args.device, operation).quantile(0.5, dim=1)
-            ms = dict(zip(works, (1e3 * seconds).tolist()))
-            total |= {kind: total[kind] + ms[kind] for kind in ms}
-            rows.append({"operation": operation, "tokens": tokens} | dict.fromkeys(total) | ms)
-        if any("dense" in works and "sparse" not in works for works in products.values()):
-            total["sparse"] = None  # a sum of some only
-        rows.append({"operation": "all", "tokens": tokens} | total)
-    for row in rows:
-        for kind in ("sliced", "sparse"):
-            row[f"{kind}_time"] = row[kind] / row["dense"] if row[kind] and row["dense"] else None
-    return why_not
+
+    def row(operation, tokens, dense=None, sliced=None, sparse=None):
+        return {"operation": operation, "tokens": tokens, "dense": dense, "sliced": sliced, "2:4": sparse,
+                "sliced/dense": sliced / dense if dense else None, "2:4/dense": sparse / dense if sparse else None}
+
+    for tokens in args.batch_sizes:
+        calls, measured = 20 if tokens < 64 else 1, []
+        for operation, works in products(dense, sliced, tokens):
+            seconds = in_turns(list(works.values()), args.repeat, args.device, operation, calls).quantile(0.5, dim=1)
+            measured.append(dict(zip(works, (1e3 * seconds).tolist())))
+            yield row(operation, tokens, **measured[-1])
+        kinds = ["dense", "sliced"]
+        if all("sparse" in ms for ms in measured if "dense" in ms):  # or else it would be a sum of some only
+            kinds.append("sparse")
+        yield row("all", tokens, **{kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
 
 
-def cost(args, rows, shapes=("opt-125m", "opt-350m-like", "opt-1.3b"), sparsity=0.25, layers=0, batch_size=8,
-         samples=(4, 8), seqlen=512, finetune=4, repeat=1):
-    """Table 3: seconds and peak GB of slicing (ratio: to a dense forward pass) and of RFT, by --finetune sequences.
+def products(dense, sliced, tokens: int):
+    """(name, {kind: a function that computes it}) of every matrix product of the first layer."""
+    random = partial(torch.randn, dtype=dense.dtype, device=dense.device)
+    for before, after in zip(stages(dense), stages(sliced)):
+        for path in [path for block in before.blocks for path in f"{block.W_in} {block.W_out}".split()]:
+            linear, narrow = before.layer.get_submodule(path), after.layer.get_submodule(path)
+            x = random(tokens, linear.in_features)
+            works = {"dense": partial(linear, x), "sliced": partial(narrow, random(tokens, narrow.in_features))}
+            with contextlib.suppress(RuntimeError):  # torch has it on some devices, for some types
+                mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
+                W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
+                F.linear(x, W, linear.bias)
+                works["sparse"] = partial(F.linear, x, W, linear.bias)
+            yield path, works
+        X = random(tokens, len(after.shortcut))
+        yield after.shortcut_name, {"sliced": partial(torch.matmul, X, after.shortcut)}
 
-    Medians of --repeat rounds, after one that warms up. A new network runs on the --samples, with head (forward) and
-    without (body), as slicing needs none; is sliced by them; and is trained (set up, a step for 4 sequences, merged).
+
+def cost(args):
+    """Table 3: seconds, and GB of memory at the peak, of slicing, and of RFT on --finetune sequences (0: no RFT).
+
+    forward: one pass of the same tokens through the dense network. Medians of --repeat runs, after one to warm up.
     """
-    if finetune:
-        slicegpt.optional("peft")  # raises, before the work, if it is not there; --finetune 0 does without
+    if args.finetune:
+        slicegpt.optional("peft")  # raises before the work, if it is not installed
+    for shape, samples in itertools.product(args.shapes, args.samples):
+        runs = [cost_of_one(args, shape, samples) for _ in range(1 + args.repeat)][1:]
+        costs = {key: median(run[key] for run in runs) for key in runs[0]}
+        yield {"shape": shape, "samples": samples, "tokens": samples * args.seqlen} | costs
 
-    def forward(network, tokens):
-        for batch in tokens.split(batch_size):
-            network(batch.to(args.device), use_cache=False)
-    for shape, count in itertools.product(shapes, samples):
-        tokens, tokens_of_rft = (torch.randint(10, 1000, (number, seqlen)) for number in (count, finetune))
-        rounds = []
-        for _ in range(1 + repeat):
-            model = build(shape, None, layers, args.dtype, args.device)
-            row = {"shape": shape, "samples": count, "tokens": tokens.numel(), "parameters": parameters(model)}
-            works = {"forward": partial(forward, model, tokens), "body": partial(forward, model.base_model, tokens),
-                     "slicing": partial(slice_model, model, tokens, sparsity, batch_size=batch_size)}
-            if finetune:  # with gradients, which `in_turns` disables
-                works["rft"] = torch.enable_grad()(partial(slicegpt.finetune, model, tokens_of_rft))
-            costs = {}
-            for name, work in works.items():
-                if args.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(args.device)
-                with contextlib.suppress(OSError):  # 5 resets Linux's peak; elsewhere it is that since the beginning
-                    Path("/proc/self/clear_refs").write_text("5")
-                costs[name] = in_turns([work], 1, args.device, name, warm_up=0).item()
-                costs[f"{name}_peak"] = slicegpt.peak_memory(args.device) / 1e9
-            rounds.append(costs | {"ratio": costs["slicing"] / costs["forward"]})
-            del model, works, work  # before the next is built
-        rows.append(row | {key: median(costs[key] for costs in rounds[1:]) for key in rounds[0]})
-    draw(args, rows, "shape", "tokens", "slicing", "log", "log")
+
+def cost_of_one(args, shape: str, samples: int) -> dict:
+    model = build(shape, args.layers, args.dtype, args.device)
+    tokens, tokens_of_rft = (torch.randint(10, 1000, (number, args.seqlen)) for number in (samples, args.finetune))
+
+    def forward():
+        for batch in tokens.split(args.batch_size):
+            model(batch.to(args.device), use_cache=False)
+
+    works = {"forward": forward}  # in this order: what is fine-tuned is sliced
+    works["slicing"] = partial(slice_model, model, tokens, args.sparsity, batch_size=args.batch_size)
+    if args.finetune:
+        works["RFT"] = partial(torch.enable_grad()(slicegpt.finetune), model, tokens_of_rft)
+    costs = {}
+    for name, work in works.items():
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+        with contextlib.suppress(OSError):  # Linux only; elsewhere a process's peak is that since its beginning
+            Path("/proc/self/clear_refs").write_text("5")
+        costs[f"{name} s"] = seconds_of(work, args.device)
+        costs[f"{name} GB"] = slicegpt.peak_memory(args.device) / 1e9
+    return costs | {"slicing/forward": costs["slicing s"] / costs["forward s"]}
 
 
 # ---- Quality --------------------------------------------------------------------------------------------------------
-def prune(W: Tensor, H: Tensor, damping: float = 0.01, width: int = 128) -> Tensor:
+def prune(W: Tensor, H: Tensor, damping: float = 0.01) -> Tensor:
     """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
 
-    H = X^T X, to whose diagonal is added a share of its mean, and H^-1 = U^T U with U upper triangular: without the
-    inputs before j, the first entry of H^-1 is U_jj^2. Going down the inputs, of every four the two weights with the
-    least w^2 / U_jj^2 go; their errors are spread over the inputs that follow, behind `width` of them by a product.
+    H = X^T X (inputs, inputs), to whose diagonal a share of its mean is added. H^-1 = U^T U, with U upper triangular:
+    once the inputs before j are settled, the inverse for those that are left begins with U_jj^2. Going down the inputs,
+    of every four weights the two go that have the least w^2 / U_jj^2, and the inputs that follow make up for them.
     """
     if len(W) % 4:
         raise SliceGPTError(f"2:4 needs inputs in fours, and a matrix has {len(W)}")
     W = W.clone()
-    damped = (damping * H.diag().mean()).clamp_min(torch.finfo(H.dtype).tiny)  # more than 0, even if all inputs are 0
-    L = torch.linalg.cholesky(H + damped * torch.eye(len(H), dtype=H.dtype, device=H.device))
-    U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
-    for start in range(0, len(W), width):
-        end = min(start + width, len(W))
-        errors = torch.zeros_like(W[start:end])
-        for j in range(start, end):
-            if j % 4 == 0:
-                scores = W[j:j + 4].square() / U.diag()[j:j + 4, None].square()
-                goes = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.argsort(0)[:2], True)
-            errors[j - start] = torch.where(goes[j % 4], W[j] / U[j, j], 0)
-            W[j].masked_fill_(goes[j % 4], 0)
-            W[j + 1:end] -= U[j, j + 1:end, None] * errors[j - start]
-        W[end:] -= U[start:end, end:].T @ errors
+    least = torch.finfo(H.dtype).tiny  # even if all inputs are 0, H has an inverse
+    H = H + (damping * H.diag().mean()).clamp_min(least) * torch.eye(len(H)).to(H)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    for j in range(len(W)):
+        if j % 4 == 0:
+            scores = W[j:j + 4].square() / U.diag()[j:j + 4, None].square()
+            goes = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.argsort(0)[:2], True)
+        error = torch.where(goes[j % 4], W[j] / U[j, j], 0)
+        W[j].masked_fill_(goes[j % 4], 0)
+        W[j + 1:] -= U[j, j + 1:, None] * error
     return W
 
 
 @torch.no_grad()
-def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -> int:
-    """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all."""
+def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
+    """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
+
+    The matrices of a layer, of attention and FFN, are pruned together, on what they read behind the pruned layers.
+    """
     parts = slicegpt.architecture(model.config)
     if "experts" in parts.ffn.W_in:
         raise SliceGPTError("SparseGPT prunes no experts here")
-    device = device or model.device
     zeros = 0
-    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):  # behind what is pruned already
+    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
         if stage is None or parts.attention not in stage.blocks:
-            continue  # the FFN is pruned with its layer's attention, by what both read before either is pruned
-        linears = [linear for block in (parts.attention, parts.ffn)
-                   for linear in slicegpt.submodules(stage.layer, f"{block.W_in} {block.W_out}")]
+            continue  # the head, which stays, or an FFN, which is pruned with its layer's attention
+        linears = slicegpt.submodules(stage.layer, " ".join(
+            f"{block.W_in} {block.W_out}" for block in (parts.attention, parts.ffn)))
         H = dict.fromkeys(linears, 0)
-        hooks = [linear.register_forward_pre_hook(lambda linear, inputs: H.update(
-            {linear: H[linear] + slicegpt.covariance(inputs[0])})) for linear in linears]
+
+        def add(linear, inputs):
+            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
+
+        hooks = [linear.register_forward_pre_hook(add) for linear in linears]
         for x in X.split(batch_size):
             stage.layer(x.to(device), *stage.args, **stage.kwargs)
         for hook in hooks:
@@ -367,16 +330,19 @@ def sparsegpt(model, calibration: Tensor, *, batch_size: int = 8, device=None) -
     return zeros
 
 
-def read_model(args) -> tuple:
-    """(model, slicegpt.Inputs, batch_size and device) that the options ask for; those left out are filled in."""
+def read_model(args, sliced_too: bool = False) -> tuple:
+    """(model, slicegpt.Inputs, where to slice) that the options ask for; what was left out of them is filled in."""
     inputs = slicegpt.read_inputs(args)
-    if inputs.calibration is None and args.command is not tasks:
+    if inputs.calibration is None and not sliced_too:
         raise SliceGPTError(f"{args.model} is sliced already")
-    model = slicegpt.load(args.model, inputs.dtype)[0].eval()
+    model = torch.enable_grad()(slicegpt.load)(args.model, inputs.dtype)[0].eval()  # as "demo" is trained on the spot
+    args.device, args.dtype = inputs.device, str(model.dtype).removeprefix("torch.")
     return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
 
 
-PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
+# the methods of Table 1, with the sparsity that slices
+METHODS = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {share:.0%}": share for share in (0.1, 0.2, 0.25, 0.3)}
+TABLE_1 = {  # the paper's perplexities, in the order of METHODS
     "opt-125m": (27.64, 45.07, 29.34, 34.26, 37.74, 43.98), "opt-1.3b": (14.61, 29.61, 15.10, 16.43, 17.46, 19.09),
     "opt-2.7b": (12.46, 14.90, 12.75, 13.73, 14.56, 15.83), "opt-6.7b": (10.85, 13.00, 10.92, 11.48, 11.90, 12.51),
     "opt-13b": (10.12, 11.80, 10.27, 10.66, 10.94, 11.33), "opt-30b": (9.56, 10.53, 9.65, 9.87, 10.04, 10.27),
@@ -384,217 +350,251 @@ PAPER = {  # Table 1: dense, SparseGPT 2:4, and SliceGPT at 10, 20, 25 and 30%
     "llama-2-13b": (4.88, 7.07, 5.21, 5.81, 6.30, 6.99), "llama-2-70b": (3.32, 4.98, 3.69, 4.25, 4.60, 5.05)}
 
 
-def table1(args, rows, models: str = (), round_to=8):
-    """Table 1: perplexity of --models (or --model), and in the paper, if a directory is named like a model of its."""
-    methods = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {share:.0%}": share for share in (0.1, 0.2, 0.25, 0.3)}
-    rows += [{"method": method} for method in methods]  # a model adds columns to all
-    points = []  # for --plot
-    for name in models or [args.model]:
-        label = name if Path(name).name in rows[0] else Path(name).name
+def table1(args):
+    """Table 1: perplexity of --models (or --model); beside it the paper's, if model and settings are the paper's.
+
+    Those are the default texts, and --samples 1024; models are known by the names of their directories.
+    """
+    for name in args.models or [args.model]:
         args.model = name
-        model, inputs, layerwise = read_model(args)
-        paper = PAPER.get(label.lower().removesuffix("-hf"), [None] * len(rows))
-        for row, sparsity, published in zip(rows, methods.values(), paper):
+        model, inputs, where = read_model(args)
+        settings = (args.calibration, args.samples, args.eval, args.eval_samples, args.seqlen, args.round_to)
+        as_in_paper = settings == ("wikitext2", 1024, "wikitext2", None, 2048, 8)
+        published = TABLE_1.get(Path(name).name.lower().removesuffix("-hf")) if as_in_paper else None
+        for (method, sparsity), paper in zip(METHODS.items(), published or [None] * len(METHODS)):
             network = copy.deepcopy(model)
             if sparsity is None:
-                sparsegpt(network, inputs.calibration, **layerwise)
+                sparsegpt(network, inputs.calibration, **where)
             elif sparsity:
-                slice_model(network, inputs.calibration, sparsity, round_to=round_to, **layerwise)
+                slice_model(network, inputs.calibration, sparsity, round_to=args.round_to, **where)
             with slicegpt.placed(network, inputs.device):
-                row[label] = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
-            row[f"{label} in the paper"] = published
-            points.append({"model": label, "sparsity": sparsity, "perplexity": row[label]})
-    draw(args, points, "model", "sparsity", "perplexity", y_scale="log")
+                found = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
+            yield {"model": name, "method": method, "sparsity": sparsity, "perplexity": found, "paper": paper}
 
 
-def tasks(args, rows, tasks="piqa,winogrande,hellaswag,arc_easy,arc_challenge", sparsity=0.25, limit=0, tasks_path=""):
+def tasks(args):
     """Figure 5: zero-shot accuracy (LM Evaluation Harness) of a model and of its slice, or of one sliced already.
 
     Normalised by the answers' length (acc_norm) where a task has that, as in the authors' code. A group or tag stands
-    for its tasks. --limit: questions of each task, 0 for all. --tasks-path: a directory with more tasks.
+    for its tasks.
     """
-    manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=tasks_path or None)
-    names = tasks.replace(",", " ").split()
-    for name in set(names) - set(manager.all_tasks):
-        raise SliceGPTError(f"there is no task {name}")
-    model, inputs, layerwise = read_model(args)
-    networks = ["sliced"] if inputs.calibration is None else ["dense", "sliced"]
-    sliced_dimension(model.config.hidden_size, sparsity)  # raises for what cannot be, before the work
-    for network in networks:
-        with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {', '.join(names)}"):
+    manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=args.tasks_path)
+    model, inputs, where = read_model(args, sliced_too=True)
+    for network in ["sliced"] if inputs.calibration is None else ["dense", "sliced"]:
+        if network == "sliced" and inputs.calibration is not None:
+            slice_model(model, inputs.calibration, args.sparsity, **where)
+        with slicegpt.placed(model, inputs.device), slicegpt.failing(f"cannot run the tasks {args.tasks}"):
             lm = slicegpt.optional("lm_eval.models.huggingface").HFLM(model, tokenizer=inputs.tokenizer)
-            results = slicegpt.optional("lm_eval").simple_evaluate(
-                lm, tasks=names, task_manager=manager, limit=limit or None)
-            if not rows:
-                rows += [{"task": name} for name in results["results"] if not results["group_subtasks"].get(name)]
-            for row in rows:
-                found = results["results"][row["task"]]
-                metric = "acc_norm" if "acc_norm,none" in found else "acc"
-                row |= {"metric": metric, network: found[f"{metric},none"],
-                        f"{network}_error": found[f"{metric}_stderr,none"]}
-        if network == "dense":
-            slice_model(model, inputs.calibration, sparsity, **layerwise)
-    rows.append({"task": "average"} | {network: mean(row[network] for row in rows) for network in networks})
+            found = slicegpt.optional("lm_eval").simple_evaluate(
+                lm, tasks=args.tasks.replace(",", " ").split(), task_manager=manager, limit=args.limit or None)
+        accuracies = []
+        for name, result in found["results"].items():
+            if found["group_subtasks"].get(name):
+                continue  # a group has a result, too
+            metric = "acc_norm" if "acc_norm,none" in result else "acc"
+            accuracies.append(result[f"{metric},none"])
+            yield {"network": network, "task": name, "metric": metric, "accuracy": accuracies[-1],
+                   "standard error": result[f"{metric}_stderr,none"]}
+        yield {"network": network, "task": "average", "accuracy": mean(accuracies)}
 
 
-def by_every_method(model, calibration, layerwise, sparsities, params, round_to, learn, seed) -> list[tuple]:
-    """(method, network, number of weights that are pruned), for `quality`. Raises, before the work, for bad sizes."""
-    by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, round_to) for sparsity in sparsities]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    dimensions = {head: [slicegpt.dimension_for(model.config, share, round_to, "shared", head) for share in params]
-                  or by_sparsity for head in ("sliced", "tied")[:1 + tied]}  # of networks with one Q for all
-    fused = copy.deepcopy(model)
-    Q = slicegpt.shared_rotation(fused, calibration, **layerwise)  # of which each size takes the first columns
-    learned = cache(lambda columns: slicegpt.learn_rotation(fused, calibration, Q[:, :columns], learn, seed=seed))
+def spectrum(args):
+    """Figure 8: the eigenvalues of what each FFN reads, divided by the largest; they are in --json and --plot.
 
-    def spread(d: int) -> Tensor:  # it changes nothing (Theorem 1), but weights of one size lose less when rounded
-        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
-
-    sparse = copy.deepcopy(model)
-    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **layerwise))]
-    for sparsity in sparsities:
-        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=round_to, **layerwise)
-        slicegpt.rotate(network, [spread(d) for d in network.config.slicegpt["dimensions"]])
-        networks.append(("block", network, 0))
-    for by_learning, head in itertools.product([False, True] if learn else [False], dimensions):
-        for d in dimensions[head]:
-            network = copy.deepcopy(model)
-            columns = slicegpt.columns_to_keep(model.config, d, head)
-            rotation = learned(columns) if by_learning else Q[:, :columns]  # cached: a tied head may ask once more
-            slicegpt.rotate(network, rotation @ spread(columns))
-            if head == "tied":
-                slicegpt.tie_head(network, calibration)
-            method = "shared" + ", learned" * by_learning + ", tied" * (head == "tied")
-            networks.append((method, slicegpt.standard(network)[0], 0))
-    return networks
-
-
-@torch.no_grad()
-def rounded(model, format: str) -> tuple:
-    """(A copy of a model with its matrices as a format of llama.cpp keeps them, the share of the bytes that takes)."""
-    gguf = slicegpt.optional("gguf")
-    model = copy.deepcopy(model)
-    with slicegpt.failing(f"cannot round the weights to {format}"):
-        number = gguf.GGMLQuantizationType[format]
-        weights_of_a_block, bytes_of_a_block = gguf.GGML_QUANT_SIZES[number]
-        for W in model.parameters():
-            if W.dim() > 1:
-                stored = gguf.quants.quantize(W.float().cpu().numpy(), number)
-                W.copy_(torch.from_numpy(gguf.quants.dequantize(stored, number)))
-    return model, bytes_of_a_block / weights_of_a_block / W.itemsize  # as if norms were rounded, too
-
-
-def quality(args, rows, sparsities=(0.1, 0.2, 0.3), params: float = (), round_to=8, learn=0, eval_also="",
-            formats: str = ()):
-    """Perplexity, parameters, bytes and time per token of every method at every size.
-
-    block is the paper's; shared, one Q for all, learned by --learn steps; tied, with one matrix for embedding and head.
-    --params: sizes of the shared ones, as shares of the dense parameters, not --sparsities. --eval-also: a second text.
-    --formats: those of llama.cpp, such as Q8_0, that matrices are rounded to.
+    Printed: how many of the directions have 90%, 99% and 99.9% of the variance.
     """
-    model, inputs, layerwise = read_model(args)
-    widths = {W.shape[-1] for W in model.parameters() if W.dim() > 1} | {round_to}
-    for format, width in itertools.product(formats, widths):
-        rounded(nn.Embedding.from_pretrained(torch.zeros(1, width)), format)  # raises for rows that it cannot have
+    model, inputs, where = read_model(args)
+    slicegpt.fuse(model)
+    parts = slicegpt.architecture(model.config)
+    norm = model.get_submodule(parts.norm)  # fused, all norms are alike
+    for stage, X in slicegpt.signals(model, inputs.calibration, **where):
+        if stage is not None and parts.ffn in stage.blocks:
+            eigenvalues = slicegpt.pca(slicegpt.covariance_of(X, norm, stage, **where))[0].clamp_min(0).cpu()
+            kept = {f"{share:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - share, round_to=1)
+                    for share in (0.9, 0.99, 0.999)}
+            yield {"layer": stage.number} | kept | {"eigenvalues": (eigenvalues / eigenvalues[0]).tolist()}
+
+
+def quality(args):
+    """Perplexity, size and time of every method at every size; networks have the sizes of --sparsities or --params.
+
+    learned: Q is improved by --learn steps of descent. tied: embedding and head stay one matrix. Of SparseGPT 2:4,
+    parameters are those that are not zero, bytes those of a 2:4 format, the time that of dense products. --formats:
+    sliced networks are rotated at random before they are rounded, as weights of similar size lose less by it.
+    """
+    model, inputs, where = read_model(args)
+    widths = {args.round_to, *(W.shape[-1] for W in model.parameters() if W.dim() > 1)}
+    for format, width in itertools.product(args.formats, widths):
+        rounded(torch.zeros(1, width), format)  # raises, before the work, for rows that the format cannot have
     texts = {"perplexity": inputs.evaluation}
     samples, seqlen = inputs.evaluation.shape
-    if eval_also:
-        text = slicegpt.read_text(eval_also, evaluation=True)
-        texts[f"on {Path(eval_also).name}"] = slicegpt.tokenize(inputs.tokenizer, text, seqlen, samples)
+    if args.eval_also:
+        text = slicegpt.read_text(args.eval_also, evaluation=True)
+        texts[f"on {Path(args.eval_also).name}"] = slicegpt.tokenize(inputs.tokenizer, text, seqlen, samples)
     model.to(inputs.device)
-    networks = by_every_method(model, inputs.calibration, layerwise, sparsities, params, round_to, learn, args.seed)
+    networks = by_every_method(args, model, inputs.calibration, where)
     prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=inputs.device)
     rounds = max(1, min(50, seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
     seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, inputs.device, "decoding")
     for (method, network, zeros), times in zip(networks, seconds):
-        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
         left = parameters(network) - zeros
+        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1], "parameters": left,
-               "gigabytes": (weight_bytes(network) - saved) / 1e9, "share": left / parameters(model),
-               "ms": 1e3 * times.quantile(0.5).item(), "time": (times / seconds[0]).quantile(0.5).item()}
-        rows.append(row)  # already, so that it is shown if something ends the rest
+               "of dense parameters": left / parameters(model), "GB/token": (bytes_read(network) - saved) / 1e9,
+               "ms/token": 1e3 * times.quantile(0.5).item(), "of dense": (times / seconds[0]).quantile(0.5).item()}
         row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
-        for format in formats if not zeros else ():
-            stored, smaller = rounded(network, format)
-            row[f"{format} GB/token"] = smaller * row["gigabytes"]
+        for format in args.formats if not zeros else ():
+            stored = copy.deepcopy(network)
+            for W in [W for W in stored.parameters() if W.dim() > 1]:
+                values, bytes_per_weight = rounded(W, format)
+                W.copy_(values)
+            row[f"{format} GB/token"] = row["GB/token"] * bytes_per_weight / W.itemsize
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
-    draw(args, rows, "method", "parameters", "perplexity", y_scale="log")
-    return (f"{inputs.device}, {model.dtype}; 2:4: weights that are not zero, bytes in a 2:4 format, the time of dense "
-            "products; formats: sliced networks, but not the dense one, are turned at random before rounding")
+        yield row
 
 
-@torch.no_grad()
-def spectrum(args, rows):
-    """Figure 8: eigenvalues of the FFN's inputs, for --json and --plot; printed: how many have so much of their sum."""
-    model, inputs, layerwise = read_model(args)
-    slicegpt.fuse(model)
-    parts = slicegpt.architecture(model.config)
-    norm = model.get_submodule(parts.norm)  # fused, all norms are alike
-    for stage, X in slicegpt.signals(model, inputs.calibration, **layerwise):
-        if stage is not None and parts.ffn in stage.blocks:
-            eigenvalues = slicegpt.pca(slicegpt.covariance_of(X, norm, stage, **layerwise))[0].clamp_min(0).cpu()
-            kept = {f"{share:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - share, round_to=1)
-                    for share in (0.9, 0.99, 0.999)}
-            rows.append({"layer": str(stage.number), "eigenvalues": (eigenvalues / eigenvalues[0]).tolist()} | kept)
-    points = [{"layer": row["layer"], "component": i, "eigenvalue / largest": value}
-              for row in rows for i, value in enumerate(row["eigenvalues"]) if value > 1e-6]
-    draw(args, points, "layer", "component", "eigenvalue / largest", y_scale="log")
+def by_every_method(args, model, calibration, where) -> list[tuple]:
+    """(method, network, number of weights that are pruned), for `quality`. Raises, before the work, for bad sizes."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, args.round_to) for sparsity in args.sparsities]
+    sizes = {}  # of the networks with one Q for all
+    for head in ["sliced", "tied"] if tied else ["sliced"]:
+        by_params = [dimension_for(model.config, share, args.round_to, "shared", head) for share in args.params]
+        sizes[head] = by_params or by_sparsity
+
+    def random_rotation(d: int) -> Tensor:  # it changes nothing but the rounding (Theorem 1)
+        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
+
+    sparse = copy.deepcopy(model)
+    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **where))]
+    for sparsity in args.sparsities:
+        network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=args.round_to, **where)
+        slicegpt.rotate(network, [random_rotation(d) for d in network.config.slicegpt["dimensions"]])
+        networks.append(("block", network, 0))
+    fused = copy.deepcopy(model)
+    Q = slicegpt.shared_rotation(fused, calibration, **where)
+    for head, dimensions in sizes.items():
+        for d in dimensions:
+            columns = slicegpt.columns_to_keep(model.config, d, head)
+            rotations = {"shared": Q[:, :columns]}
+            if args.learn:
+                rotations["shared, learned"] = torch.enable_grad()(slicegpt.learn_rotation)(
+                    fused, calibration, Q[:, :columns], args.learn, seed=args.seed)
+            for method, rotation in rotations.items():
+                network = copy.deepcopy(fused)
+                slicegpt.rotate(network, rotation @ random_rotation(columns))
+                if head == "tied":
+                    slicegpt.tie_head(network, calibration)
+                    method += ", tied"
+                networks.append((method, slicegpt.standard(network)[0], 0))
+    return networks
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
-SPEED = (latency, throughput, ops, cost)
-REAL = (table1, tasks, quality, spectrum)
+def rounded(W: Tensor, format: str) -> tuple[Tensor, float]:
+    """(W as a format of llama.cpp keeps it, bytes for each weight). Raises SliceGPTError for rows of a wrong length."""
+    gguf = slicegpt.optional("gguf")
+    with slicegpt.failing(f"cannot round the weights to {format}"):
+        number = gguf.GGMLQuantizationType[format]
+        stored = gguf.quants.quantize(W.detach().float().cpu().numpy(), number)
+        return torch.from_numpy(gguf.quants.dequantize(stored, number)), stored.nbytes / W.numel()
+
+
+# ---- The table, the plot and the command line -----------------------------------------------------------------------
+def show(args, rows: list[dict]):
+    """Prints the last row; in front of the first, the options and a heading."""
+    def text(value) -> str:
+        if isinstance(value, str | None):
+            return value or "-"
+        return f"{value:,d}" if isinstance(value, int) else f"{value:.3f}"
+
+    keys = [key for key, value in rows[0].items() if not isinstance(value, list)]
+    formats = ["<21" if isinstance(rows[0][key], str) else f">{max(len(key), 1 + len(text(rows[0][key])))}"
+               for key in keys]
+    if len(rows) == 1:
+        options = vars(args) | dict.fromkeys(("command", "axes", "json", "plot"))
+        given = ", ".join(f"{name} {value}" for name, value in options.items() if value not in (None, []))
+        print(f"{args.command.__name__}: {given}", "  ".join(map(format, keys, formats)), sep="\n")
+    print("  ".join(map(format, [text(rows[-1].get(key)) for key in keys], formats)), flush=True)
+
+
+def draw(rows: list[dict], path: Path, label: str, x: str, y: str, x_scale: str = "linear"):
+    """A plot of the column y over the column x, with a curve for each value of the column `label`."""
+    curves = {row[label]: [] for row in rows}
+    for row in rows:
+        points = enumerate(row[y]) if isinstance(row[y], list) else [(row[x], row[y])]  # a spectrum has its own x
+        curves[row[label]] += [(a, b) for a, b in points if None not in (a, b) and b > 1e-6]  # less is rounding
+    figure = slicegpt.optional("matplotlib.figure").Figure(layout="tight")
+    panel = figure.subplots()
+    colours = slicegpt.optional("matplotlib").colormaps["viridis"](torch.linspace(0, 0.9, len(curves)).numpy())
+    for (name, points), colour in zip(curves.items(), colours):
+        panel.plot(*zip(*sorted(points)), marker=".", label=name, color=colour)
+    panel.set(xlabel=x, ylabel=y, xscale=x_scale, yscale="log")
+    panel.legend(fontsize="x-small", ncols=1 + len(curves) // 12)
+    figure.savefig(path, format="png")
 
 
 def run(args):
-    """Checks what needs no work, works, and shows the rows, even if something ends the work early."""
+    """Runs a command, and shows and writes each row that it yields."""
     for path in filter(None, (args.json, args.plot)):
         with slicegpt.failing(f"cannot write {path}"):
-            open(path, "a").close()
-            if path is args.plot:  # whose name must end as a picture's
-                slicegpt.optional("matplotlib.figure").Figure().savefig(io.BytesIO(), format=path.suffix[1:])
-    if args.command in SPEED:
-        args.device = slicegpt.find_device(args.device)
-        args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "float16"))
+            open(path, "a").close()  # fails now, rather than after the work
+    if args.plot:
+        slicegpt.optional("matplotlib")  # raises now, likewise
     torch.manual_seed(0)
     rows = []
-    note = "measured before it ended"
-    try:
-        note = args.command(args, rows, **{name: getattr(args, name) for name in args.options})
-    finally:
-        if rows:
-            show(args, note, rows)
+    with torch.no_grad():  # except where something is trained
+        for row in args.command(args):
+            rows.append(row)
+            show(args, rows)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if args.plot:
+        draw(rows, args.plot, *args.axes)
 
 
 def main(argv=None) -> int:
     """The exit code, see `slicegpt.exit_code`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
-    for command in SPEED + REAL:
+    natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
+    device, dtype = ("cuda", "float16") if torch.cuda.is_available() else ("cpu", "float32")
+    choices = {"shape": SHAPES, "shapes": SHAPES, "dtype": ["float64", "float32", "float16", "bfloat16"]}
+
+    def add(command, axes: tuple, **options):
+        """Adds a command. axes: what `draw` draws. options: its own, as (type, default); a list takes several."""
         subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
-        add = subparser.add_argument
-        _, _, *options = inspect.signature(command).parameters.values()  # behind args and rows
-        subparser.set_defaults(command=command, options=[option.name for option in options], plot=None)
-        if command in REAL:
-            slicegpt.add_inputs(add)
+        subparser.set_defaults(command=command, axes=axes)
+        if command in (latency, throughput, ops, cost):
+            options |= {"device": (slicegpt.find_device, device), "dtype": (str, dtype)}
         else:
-            add("--device", help="default: cuda if there is one, else cpu")
-            add("--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="float32 on a CPU, else float16")
-        for option in options:  # of its default's type, or, if that is empty, as annotated
-            default, several = option.default, isinstance(option.default, tuple)
-            kind = option.annotation if default == () else type(default[0] if several else default)
-            least = 1 if kind is int and default and option.name != "finetune" else 0
-            how = {"action": "store_true"} if kind is bool else {
-                "type": kind if kind is str else slicegpt.bounded(kind, least), "nargs": "+" if several else None,
-                "choices": SHAPES if "shape" in option.name else None}
-            add("--" + option.name.replace("_", "-"), default=default, help=f"default: {default}", **how)
-        add("--json", type=Path, metavar="FILE", help="write the figures here")
-        if command not in (ops, tasks):
-            add("--plot", type=Path, metavar="FILE.png", help="draw them here (needs matplotlib)")
+            slicegpt.add_inputs(subparser.add_argument)
+        for name, (kind, default) in options.items():
+            subparser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, choices=choices.get(name),
+                                   nargs="+" if isinstance(default, list) else None, help=f"default: {default}")
+        subparser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows (needs matplotlib)")
+        subparser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+        return subparser
+
+    subparser = add(latency, ("network", "prompt", "ms/token"), shape=(str, "opt-125m"), sparsity=(share, 0.25),
+                    layers=(natural, 0), batch_size=(positive, 1), prompt_lengths=(positive, [128, 512]),
+                    tokens=(positive, 50))
+    subparser.add_argument("--compile", action="store_true", help="by torch.compile")
+    add(throughput, ("network", "batch", "tokens/s", "log"), shape=(str, "opt-125m"), sparsities=(share, [0.25, 0.5]),
+        layers=(natural, 0), max_batch_size=(positive, 1024), seqlen=(positive, 128), tokens=(positive, 16))
+    add(ops, ("operation", "tokens", "sliced"), shape=(str, "opt-125m"), sparsity=(share, 0.25),
+        batch_sizes=(positive, [1, 2048]), repeat=(positive, 50))
+    add(cost, ("shape", "tokens", "slicing s", "log"), shapes=(str, ["opt-125m", "opt-350m-like", "opt-1.3b"]),
+        sparsity=(share, 0.25), layers=(natural, 0), batch_size=(positive, 8), samples=(positive, [4, 8]),
+        seqlen=(positive, 512), finetune=(natural, 4), repeat=(positive, 1))
+    add(table1, ("model", "sparsity", "perplexity"), models=(str, []), round_to=(positive, 8))
+    add(tasks, ("network", "task", "accuracy"), tasks=(str, "piqa,winogrande,hellaswag,arc_easy,arc_challenge"),
+        sparsity=(share, 0.25), limit=(natural, 0), tasks_path=(str, None))
+    add(spectrum, ("layer", "direction", "eigenvalues"))
+    add(quality, ("method", "parameters", "perplexity"), sparsities=(share, [0.1, 0.2, 0.3]), params=(float, []),
+        round_to=(positive, 8), learn=(natural, 0), eval_also=(str, None), formats=(str, []))
     args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
-    return slicegpt.exit_code("bench", lambda: run(args))
+    return slicegpt.exit_code("bench", partial(run, args))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as batch systems end a program: it still shows its rows
     sys.exit(main())

@@ -2313,128 +2313,101 @@ benchmark = partial(results, program=bench.main, flag="--json")
 
 
 @pytest.fixture
-def tiny_shapes(monkeypatch):
-    """A tiny OPT and a tiny Llama as shapes of the benchmark."""
-    shape = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "ffn_dim": 24,
-             "intermediate_size": 24, "max_position_embeddings": 32}
-    monkeypatch.setitem(bench.SHAPES, "tiny-opt", ("opt", shape | {"word_embed_proj_dim": 32}))
-    monkeypatch.setitem(bench.SHAPES, "tiny-llama", ("llama", shape))
+def shape(monkeypatch):
+    """The options that ask for tiny random networks."""
+    config = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+              "intermediate_size": 24, "max_position_embeddings": 32}
+    monkeypatch.setitem(bench.SHAPES, "tiny", ("llama", config))
+    return ["--shape", "tiny"]
 
 
-@given(st.integers(2, 20), st.integers(50, 60), st.sampled_from([4, 8, 20, 128]), SEEDS)
-def test_sparsegpt_zeroes_two_of_every_four_weights_and_spreads_the_error(fours, outputs, width, seed):
-    """(1e-9: blocks only put off what is to be done, and then it is added up in another order.)"""
+def test_latency_is_that_of_networks_which_read_as_much_less_as_is_sliced(shape):
+    """By one rotation, all matrices of a Llama lose a quarter; by one for each block, it gets shortcuts, too."""
+    _, rows = benchmark("latency", *shape, "--prompt-lengths", 4, "--tokens", 5, "--layers", 2)
+    assert [row["network"] for row in rows] == ["dense", "block 25%", "shared 25%"]
+    dense, block, shared = (row["of dense GB"] for row in rows)
+    assert shared == 0.75 < block < dense == 1 == rows[0]["of dense"]
+
+
+def test_throughput_is_compared_with_the_best_of_the_dense_network(shape):
+    _, (dense, *sliced) = benchmark("throughput", *shape, "--seqlen", 20, "--tokens", 4, "--max-batch-size", 1)
+    assert [(row["network"], row["of best dense"]) for row in sliced] == [
+        (f"block {name}%", row["tokens/s"] / dense["tokens/s"]) for name, row in zip((25, 50), sliced)]
+
+
+def test_the_products_of_a_sliced_layer_are_those_of_its_matrices_and_shortcuts(shape):
+    _, (*rows, total) = benchmark("ops", *shape, "--repeat", 3, "--batch-sizes", 5)
+    assert [row["operation"] for row in rows if row["dense"] is None] == ["attention_shortcut", "mlp_shortcut"]
+    assert len(rows) == 9 and math.isclose(total["sliced"], sum(row["sliced"] for row in rows))
+
+
+@does_more_with_packages  # peft
+def test_cost_is_the_time_and_memory_of_slicing_and_finetuning(shape):
+    works = ["forward", "slicing", "RFT"] if importlib.util.find_spec("peft") else ["forward", "slicing"]
+    _, [row] = benchmark("cost", "--shapes", "tiny", "--samples", 2, "--seqlen", 16, "--finetune", len(works) - 2)
+    assert all(row[f"{work} {unit}"] > 0 for work in works for unit in ("s", "GB"))
+    assert row["slicing/forward"] == row["slicing s"] / row["forward s"]
+
+
+@pytest.mark.parametrize("shape, count, gigabytes", [("opt-6.7b", 6_658_473_984, 6.7), (
+    "llama-2-70b", 68_976_648_192, 68.7), ("smollm2-135m", 134_515_008, 0.1), ("mixtral-8x7b", 46_702_792_704, 12.7)])
+def test_networks_have_their_published_size_and_read_the_chosen_experts(shape, count, gigabytes):
+    model = bench.build(shape, 0, torch.float16, "meta")  # 2 bytes a weight
+    assert (parameters(model), round(bench.bytes_read(model) / 2e9, 1)) == (count, gigabytes)
+
+
+@given(st.integers(2, 20), st.integers(50, 60), SEEDS)
+def test_sparsegpt_zeroes_two_of_every_four_weights_and_spreads_the_error(fours, outputs, seed):
     inputs = 4 * fours
-    W, X = random_matrix(seed, inputs, outputs), random_matrix(seed + 1, 4 * inputs, inputs)
-    X = X @ (torch.eye(inputs) + 0.1 * random_matrix(seed + 2, inputs, inputs))
-    pruned = bench.prune(W, X.T @ X, width=width)
+    W, mixture = random_matrix(seed, inputs, outputs), torch.eye(inputs) + 0.1 * random_matrix(seed + 2, inputs, inputs)
+    X = random_matrix(seed + 1, 4 * inputs, inputs) @ mixture
+    pruned, by_magnitude = bench.prune(W, X.T @ X), bench.prune(W, torch.eye(inputs).double())
+    kept = W.view(fours, 4, outputs).abs().argsort(1).argsort(1) >= 2
+    assert torch.equal(by_magnitude, W * kept.view_as(W))  # nothing to be spread over
     assert ((pruned.view(fours, 4, outputs) == 0).sum(1) == 2).all()
-    smallest = W.view(fours, 4, outputs).abs().argsort(1)[:, :2]
-    by_magnitude = W.view(fours, 4, outputs).scatter(1, smallest, 0).view_as(W)
     assert (X @ (W - pruned)).norm() < (X @ (W - by_magnitude)).norm()
-    assert_same(bench.prune(W, X.T @ X, width=inputs), pruned, 1e-9)
-    assert torch.equal(bench.prune(W, torch.eye(inputs).double()), by_magnitude)  # nothing to be spread over
 
 
-@a_few(SEEDS, families=[family for family, parts in ARCHITECTURES.items() if "experts" not in parts.ffn.W_in])
+@a_few(SEEDS, families=["opt", "llama", "gpt2", "phi"])
 def test_sparsegpt_prunes_what_attention_reads_after_the_pruned_layers(model, seed):
     """(1e-6: the pruned layers before it add up in another order, and a small change of H is a larger one of W.)"""
-    tokens, dense = random_tokens(4, 12, seed), copy.deepcopy(model)
-    attention = architecture(model.config).attention
-    zeros = bench.sparsegpt(model, tokens, batch_size=3)
+    tokens, dense, W_in = random_tokens(4, 12, seed), copy.deepcopy(model), architecture(model.config).attention.W_in
+    zeros = bench.sparsegpt(model, tokens, batch_size=3, device="cpu")
     assert zeros == sum(int((matrix(module) == 0).sum()) for module in readers(model)[:-1] + writers(model))
     for layer, before in zip(layers(model), layers(dense), strict=True):
-        seen, pruned = [], submodules(layer, attention.W_in)
-        handle = pruned[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-        model(tokens)
-        handle.remove()
-        for new, old in zip(pruned, submodules(before, attention.W_in), strict=True):
-            assert_same(matrix(new), bench.prune(matrix(old), covariance(seen[0])), 1e-6)
+        seen, pruned, old = [], submodules(layer, W_in)[0], submodules(before, W_in)[0]
+        with pruned.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach())):
+            model(tokens)
+        assert_same(matrix(pruned), bench.prune(matrix(old), covariance(seen[0])), 1e-6)
 
 
-@pytest.mark.parametrize("line, names, figures", [
-    ("latency --shape tiny-opt --prompt-lengths 4 8 --tokens 5", ["dense", "block 25%", "shared 25%"] * 2,
-     "p10 ms p90 time gigabytes bytes held bandwidth"),
-    ("latency --shape tiny-llama --prompt-lengths 4 --tokens 5 --layers 2", ["dense", "block 25%", "shared 25%"],
-     "gigabytes bytes held"),
-    ("throughput --shape tiny-opt --seqlen 20 --tokens 4 --max-batch-size 1", ["dense", "block 25%", "block 50%"],
-     "speed"),
-    ("ops --shape tiny-opt --repeat 3 --batch-sizes 5", [
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "attention_shortcut", "fc1",
-        "fc2", "mlp_shortcut", "all"], "sliced"),
-    ("cost --shapes tiny-opt --samples 2 4 --seqlen 16 --finetune 0", ["tiny-opt"] * 2,
-     "forward slicing ratio slicing_peak"),
-    pytest.param("cost --shapes tiny-opt --samples 2 --seqlen 16 --finetune 2", ["tiny-opt"], "slicing rft",
-                 marks=needs("peft"))])
-def test_the_benchmarks_of_speed_have_a_row_for_each_network_with_all_figures(tiny_shapes, line, names, figures):
-    _, rows = benchmark(*line.split())
-    assert [next(iter(row.values())) for row in rows] == names
-    assert all(row[figure] > 0 for row in rows for figure in figures.split())
-
-
-def test_table_1_has_the_perplexities_of_the_dense_the_pruned_and_the_sliced_networks(tiny, tmp_path):
-    shutil.copytree(tiny / "model", tmp_path / "opt-125m")
-    _, rows = benchmark("table1", "--models", tmp_path / "opt-125m", *on(tiny)[2:], "--round-to", 2)
-    assert [row["opt-125m in the paper"] for row in rows] == [27.64, 45.07, 29.34, 34.26, 37.74, 43.98]
-    dense, tokens, calibration = inputs_of(tiny, "model")
-    models = [copy.deepcopy(dense) for _ in rows]
-    bench.sparsegpt(models[1], calibration)
-    for model, sparsity in zip(models[2:], (0.1, 0.2, 0.25, 0.3)):
-        slice_model(model, calibration, sparsity, round_to=2)
-    for row, model in zip(rows, models):
-        assert math.isclose(row["opt-125m"], perplexity(model, tokens), rel_tol=1e-5)
+@pytest.mark.parametrize("samples, paper", [(1024, [27.64, 45.07, 29.34, 34.26, 37.74, 43.98]), (128, [None] * 6)])
+def test_table_1_has_the_papers_figures_only_beside_those_of_its_settings(tiny, monkeypatch, samples, paper):
+    dense, evaluation, calibration = inputs_of(tiny, "model")
+    inputs = SimpleNamespace(evaluation=evaluation, calibration=calibration, device=dense.device)
+    monkeypatch.setattr(bench, "read_model", lambda _: (dense, inputs, {"batch_size": 8, "device": "cpu"}))
+    settings = {"calibration": "wikitext2", "eval": "wikitext2", "eval_samples": None, "seqlen": 2048, "round_to": 8}
+    rows = [*bench.table1(SimpleNamespace(models=["facebook/opt-125m"], samples=samples, **settings))]
+    assert [row["paper"] for row in rows] == paper
+    sparse, sliced = copy.deepcopy(dense), slice_model(copy.deepcopy(dense), calibration, 0.3)
+    bench.sparsegpt(sparse, calibration, 8, "cpu")
+    for row, model in ((rows[0], dense), (rows[1], sparse), (rows[-1], sliced)):
+        assert row["perplexity"] == perplexity(model, evaluation)
 
 
 @needs("lm_eval")
 def test_tasks_are_scored_for_the_dense_and_the_sliced_network_with_standard_errors(tiny, tmp_path):
-    """A multiple-choice task, of 30 questions."""
-    questions = [{"question": f"the {chr(97 + i % 26)} is", "choices": ["a fox", "lazy", "the dog"], "answer": i % 3}
-                 for i in range(30)]
+    questions = [{"question": "abc"[i % 3], "choices": ["a fox", "lazy"], "answer": i % 2} for i in range(30)]
     (tmp_path / "letters.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "letters.yaml").write_text(json.dumps({  # which is YAML, too
-        "task": "letters", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "letters.jsonl")}}, "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc_norm"}]}))
-    arguments = ["tasks", *on(tiny), "--tasks-path", tmp_path, "--sparsity", 0.5, "--tasks"]
-    out, (row, average) = benchmark(*arguments, "letters")
-    for name in ("dense", "sliced"):
-        assert average[name] == row[name] and f"{row[name]:.3f}" in out
-        assert math.isclose(row[f"{name}_error"], (row[name] * (1 - row[name]) / 29) ** 0.5, rel_tol=1e-6)
-    code, _, err = command(*arguments, "leters", program=bench.main)
-    assert code == 2 and err.splitlines()[-1] == "bench: there is no task leters"
-
-
-def test_quality_has_a_row_for_each_method_and_size_and_counts_what_2_4_keeps(tiny):
-    _, rows = benchmark("quality", *on(tiny, "tied"), "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
-    methods = ["block", "shared", "shared, tied", "shared, learned", "shared, learned, tied"]
-    assert [(row["method"], row["dimension"]) for row in rows] == [
-        ("dense", 16), ("SparseGPT 2:4", 16), *itertools.product(methods, (12, 8))]
-    dense, tokens, calibration = inputs_of(tiny, "tied")
-    assert math.isclose(rows[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-4) and rows[0]["time"] == 1
-    for row in rows[2:]:
-        assert row["ms"] > 0 and math.isclose(row["share"], row["parameters"] / parameters(dense))
-    # of every four float32 weights, 2:4 keeps two and four bits, 68 bits of 128
-    pruned = 2 * bench.sparsegpt(dense, calibration)
-    assert rows[1]["parameters"] == parameters(dense) - pruned // 2
-    assert math.isclose(rows[1]["gigabytes"], (bench.weight_bytes(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
-
-
-@needs("gguf")
-def test_weights_are_rounded_to_formats_of_few_bits():
-    """A block of 32 weights has 34 bytes in Q8_0 and 18 in Q4_0, of 128. (0.02, 0.3: that is what they lose.)"""
-    model = mild(tiny_network(hidden_size=32, heads=(4, 4, 8), ffn=64)).float()
-    for format, size, error in (("Q8_0", 34, 0.02), ("Q4_0", 18, 0.3)):
-        rounded, share = bench.rounded(model, format)
-        assert share == size / 128
-        assert_same(logits(rounded, BATCH), logits(model, BATCH), error)
-
-
-def test_the_benchmark_prints_what_it_has_measured_whatever_ends_it(tiny, monkeypatch, capsys):
-    measured = iter([12.345])
-    monkeypatch.setattr(slicegpt, "perplexity", lambda *_, **__: next(measured))
-    with pytest.raises(StopIteration):
-        bench.main([*map(str, ["table1", "--models", tiny / "model", *on(tiny)[2:]])])
-    assert "12.345" in capsys.readouterr().out
+        "task": "letters", "dataset_path": "json", "dataset_kwargs": {"data_files": {
+            "test": str(tmp_path / "letters.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer"}))
+    _, rows = benchmark("tasks", *on(tiny), "--tasks-path", tmp_path, "--sparsity", 0.5, "--tasks", "letters")
+    assert [row["task"] for row in rows] == ["letters", "average"] * 2
+    for row in rows[::2]:
+        variance = row["accuracy"] * (1 - row["accuracy"]) / (len(questions) - 1)
+        assert math.isclose(row["standard error"], math.sqrt(variance), rel_tol=1e-6)
 
 
 @does_more_with_packages  # matplotlib
@@ -2450,11 +2423,28 @@ def test_the_spectrum_is_that_of_what_the_ffns_read_divided_by_the_largest(tiny,
     assert not plot or plot[1].read_bytes()[1:4] == b"PNG"
 
 
-@pytest.mark.parametrize("shape, count, gigabytes", [
-    ("opt-125m", 125_239_296, 0.1), ("opt-6.7b", 6_658_473_984, 6.7), ("llama-2-7b", 6_738_415_616, 6.6),
-    ("llama-2-70b", 68_976_648_192, 68.7), ("smollm2-135m", 134_515_008, 0.1), ("mixtral-8x7b", 46_702_792_704, 12.7),
-    ("qwen3-30b-a3b", 30_532_122_624, 3.0), ("gpt-oss-20b", 20_914_757_184, 3.6)])
-def test_the_benchmarks_networks_have_their_published_size(shape, count, gigabytes):
-    """And of a mixture's experts, a token reads those that are chosen: gigabytes at a byte a weight."""
-    model = bench.build(shape, None, 0, torch.float16, "meta")
-    assert (parameters(model), round(bench.weight_bytes(model) / 2e9, 1)) == (count, gigabytes)
+def test_quality_has_a_row_for_each_method_and_size_and_counts_what_2_4_keeps(tiny):
+    _, rows = benchmark("quality", *on(tiny, "tied"), "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
+    methods = ["block", "shared", "shared, learned", "shared, tied", "shared, learned, tied"]
+    assert {(row["method"], row["dimension"]) for row in rows} == {
+        ("dense", 16), ("SparseGPT 2:4", 16), *itertools.product(methods, (12, 8))}
+    dense, tokens, calibration = inputs_of(tiny, "tied")
+    assert math.isclose(rows[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-4) and rows[0]["of dense"] == 1
+    pruned = 2 * bench.sparsegpt(dense, calibration, 8, "cpu")
+    assert rows[1]["parameters"] == parameters(dense) - pruned // 2  # 68 bits of 128 are kept: two weights and 4 bits
+    assert math.isclose(rows[1]["GB/token"], (bench.bytes_read(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
+
+
+@needs("gguf")
+def test_weights_are_rounded_to_blocks_of_32():
+    for format, size, error in (("Q8_0", 34, 0.01), ("Q4_0", 18, 0.1)):
+        rounded, bytes_per_weight = bench.rounded(random_matrix(0, 8, 64), format)
+        assert_same(rounded.double(), random_matrix(0, 8, 64), error)
+        assert bytes_per_weight == size / 32
+
+
+def test_what_has_been_measured_is_printed_and_written_whatever_ends_it(tiny, tmp_path, monkeypatch):
+    interrupt(slicegpt, "perplexity", 2, KeyboardInterrupt(), monkeypatch.setattr)
+    code, out, _ = command("table1", *on(tiny), "--json", tmp_path / "json", program=bench.main)
+    [row] = json.loads((tmp_path / "json").read_text())
+    assert code == 130 and f"{row['perplexity']:.3f}" in out
