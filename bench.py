@@ -25,7 +25,7 @@ import itertools
 import json
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -336,6 +336,8 @@ def read_model(args, sliced_too: bool = False) -> tuple:
     if inputs.calibration is None and not sliced_too:
         raise SliceGPTError(f"{args.model} is sliced already")
     model = torch.enable_grad()(slicegpt.load)(args.model, inputs.dtype)[0].eval()  # as "demo" is trained on the spot
+    if inputs.calibration is not None:
+        inputs.calibration = slicegpt.with_own_text(args, inputs, inputs.calibration, args.samples, model)
     args.device, args.dtype = inputs.device, str(model.dtype).removeprefix("torch.")
     return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
 
@@ -359,7 +361,7 @@ def table1(args):
         args.model = name
         model, inputs, where = read_model(args)
         settings = (args.calibration, args.samples, args.eval, args.eval_samples, args.seqlen, args.round_to)
-        as_in_paper = settings == ("wikitext2", 1024, "wikitext2", None, 2048, 8)
+        as_in_paper = settings == (["wikitext2"], 1024, ["wikitext2"], None, 2048, 8)
         published = TABLE_1.get(Path(name).name.lower().removesuffix("-hf")) if as_in_paper else None
         for (method, sparsity), paper in zip(METHODS.items(), published or [None] * len(METHODS)):
             network = copy.deepcopy(model)
@@ -367,9 +369,11 @@ def table1(args):
                 sparsegpt(network, inputs.calibration, **where)
             elif sparsity:
                 slice_model(network, inputs.calibration, sparsity, round_to=args.round_to, **where)
+            row = {"model": name, "method": method, "sparsity": sparsity}
             with slicegpt.placed(network, inputs.device):
-                found = slicegpt.perplexity(network, inputs.evaluation, device=inputs.device)
-            yield {"model": name, "method": method, "sparsity": sparsity, "perplexity": found, "paper": paper}
+                for key, tokens in inputs.evaluation.items():
+                    row[key] = slicegpt.perplexity(network, tokens, device=inputs.device)
+            yield row | {"paper": paper}
 
 
 def tasks(args):
@@ -426,15 +430,10 @@ def quality(args):
     widths = {args.round_to, *(W.shape[-1] for W in model.parameters() if W.dim() > 1)}
     for format, width in itertools.product(args.formats, widths):
         rounded(torch.zeros(1, width), format)  # raises, before the work, for rows that the format cannot have
-    texts = {"perplexity": inputs.evaluation}
-    samples, seqlen = inputs.evaluation.shape
-    if args.eval_also:
-        text = slicegpt.read_text(args.eval_also, evaluation=True)
-        texts[f"on {Path(args.eval_also).name}"] = slicegpt.tokenize(inputs.tokenizer, text, seqlen, samples)
     model.to(inputs.device)
     networks = by_every_method(args, model, inputs.calibration, where)
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, seqlen // 2)), device=inputs.device)
-    rounds = max(1, min(50, seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
+    prompt = torch.randint(model.config.vocab_size, (1, min(128, args.seqlen // 2)), device=inputs.device)
+    rounds = max(1, min(50, args.seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
     seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, inputs.device, "decoding")
     for (method, network, zeros), times in zip(networks, seconds):
         left = parameters(network) - zeros
@@ -442,14 +441,14 @@ def quality(args):
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1], "parameters": left,
                "of dense parameters": left / parameters(model), "GB/token": (bytes_read(network) - saved) / 1e9,
                "ms/token": 1e3 * times.quantile(0.5).item(), "of dense": (times / seconds[0]).quantile(0.5).item()}
-        row |= {name: slicegpt.perplexity(network, text) for name, text in texts.items()}
+        row |= {name: slicegpt.perplexity(network, text) for name, text in inputs.evaluation.items()}
         for format in args.formats if not zeros else ():
             stored = copy.deepcopy(network)
             for W in [W for W in stored.parameters() if W.dim() > 1]:
                 values, bytes_per_weight = rounded(W, format)
                 W.copy_(values)
             row[f"{format} GB/token"] = row["GB/token"] * bytes_per_weight / W.itemsize
-            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in texts.items()}
+            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in inputs.evaluation.items()}
         yield row
 
 
@@ -473,13 +472,18 @@ def by_every_method(args, model, calibration, where) -> list[tuple]:
         networks.append(("block", network, 0))
     fused = copy.deepcopy(model)
     Q = slicegpt.shared_rotation(fused, calibration, **where)
+
+    @cache  # tied or not, networks of one sparsity have one Q
+    @torch.enable_grad()
+    def learned(columns: int) -> Tensor:
+        return slicegpt.learn_rotation(fused, calibration, Q[:, :columns], args.learn, seed=args.seed)
+
     for head, dimensions in sizes.items():
         for d in dimensions:
             columns = slicegpt.columns_to_keep(model.config, d, head)
             rotations = {"shared": Q[:, :columns]}
             if args.learn:
-                rotations["shared, learned"] = torch.enable_grad()(slicegpt.learn_rotation)(
-                    fused, calibration, Q[:, :columns], args.learn, seed=args.seed)
+                rotations["shared, learned"] = learned(columns)
             for method, rotation in rotations.items():
                 network = copy.deepcopy(fused)
                 slicegpt.rotate(network, rotation @ random_rotation(columns))
@@ -557,7 +561,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
     natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
-    device, dtype = ("cuda", "float16") if torch.cuda.is_available() else ("cpu", "float32")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     choices = {"shape": SHAPES, "shapes": SHAPES, "dtype": ["float64", "float32", "float16", "bfloat16"]}
 
     def add(command, axes: tuple, **options):
@@ -565,7 +569,7 @@ def main(argv=None) -> int:
         subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
         subparser.set_defaults(command=command, axes=axes)
         if command in (latency, throughput, ops, cost):
-            options |= {"device": (slicegpt.find_device, device), "dtype": (str, dtype)}
+            options |= {"device": (slicegpt.find_device, device), "dtype": (str, None)}
         else:
             slicegpt.add_inputs(subparser.add_argument)
         for name, (kind, default) in options.items():
@@ -591,8 +595,10 @@ def main(argv=None) -> int:
         sparsity=(share, 0.25), limit=(natural, 0), tasks_path=(str, None))
     add(spectrum, ("layer", "direction", "eigenvalues"))
     add(quality, ("method", "parameters", "perplexity"), sparsities=(share, [0.1, 0.2, 0.3]), params=(float, []),
-        round_to=(positive, 8), learn=(natural, 0), eval_also=(str, None), formats=(str, []))
+        round_to=(positive, 8), learn=(natural, 0), formats=(str, []))
     args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
+    if args.dtype is None and args.command in (latency, throughput, ops, cost):
+        args.dtype = "float32" if args.device.type == "cpu" else "float16"
     return slicegpt.exit_code("bench", partial(run, args))
 
 

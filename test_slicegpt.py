@@ -2384,9 +2384,10 @@ def test_sparsegpt_prunes_what_attention_reads_after_the_pruned_layers(model, se
 @pytest.mark.parametrize("samples, paper", [(1024, [27.64, 45.07, 29.34, 34.26, 37.74, 43.98]), (128, [None] * 6)])
 def test_table_1_has_the_papers_figures_only_beside_those_of_its_settings(tiny, monkeypatch, samples, paper):
     dense, evaluation, calibration = inputs_of(tiny, "model")
-    inputs = SimpleNamespace(evaluation=evaluation, calibration=calibration, device=dense.device)
+    inputs = SimpleNamespace(evaluation={"perplexity": evaluation}, calibration=calibration, device=dense.device)
     monkeypatch.setattr(bench, "read_model", lambda _: (dense, inputs, {"batch_size": 8, "device": "cpu"}))
-    settings = {"calibration": "wikitext2", "eval": "wikitext2", "eval_samples": None, "seqlen": 2048, "round_to": 8}
+    settings = {"calibration": ["wikitext2"], "eval": ["wikitext2"], "eval_samples": None, "seqlen": 2048,
+                "round_to": 8}
     rows = [*bench.table1(SimpleNamespace(models=["facebook/opt-125m"], samples=samples, **settings))]
     assert [row["paper"] for row in rows] == paper
     sparse, sliced = copy.deepcopy(dense), slice_model(copy.deepcopy(dense), calibration, 0.3)
@@ -2424,12 +2425,15 @@ def test_the_spectrum_is_that_of_what_the_ffns_read_divided_by_the_largest(tiny,
 
 
 def test_quality_has_a_row_for_each_method_and_size_and_counts_what_2_4_keeps(tiny):
-    _, rows = benchmark("quality", *on(tiny, "tied"), "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
+    texts = ["--calibration", tiny / "text", "own", "--samples", 8, "--eval", tiny / "text", "pydoc"]
+    _, rows = benchmark("quality", *on(tiny, "tied"), *texts, "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
     methods = ["block", "shared", "shared, learned", "shared, tied", "shared, learned, tied"]
     assert {(row["method"], row["dimension"]) for row in rows} == {
         ("dense", 16), ("SparseGPT 2:4", 16), *itertools.product(methods, (12, 8))}
     dense, tokens, calibration = inputs_of(tiny, "tied")
+    others = tokenize(tiny_tokenizer(), read_text("pydoc", True), 32, 2)
     assert math.isclose(rows[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-4) and rows[0]["of dense"] == 1
+    assert math.isclose(rows[0]["perplexity_pydoc"], perplexity(dense, others), rel_tol=1e-4)
     pruned = 2 * bench.sparsegpt(dense, calibration, 8, "cpu")
     assert rows[1]["parameters"] == parameters(dense) - pruned // 2  # 68 bits of 128 are kept: two weights and 4 bits
     assert math.isclose(rows[1]["GB/token"], (bench.bytes_read(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
