@@ -2,7 +2,7 @@
 
     python bench.py latency --shape opt-1.3b      # Table 2: the time of one generated token
     python bench.py throughput --shape opt-125m   # A.6: tokens per second, in batches as large as pays
-    python bench.py ops --shape opt-6.7b          # A.7: the time of every matrix product of a layer
+    python bench.py ops --shape opt-6.7b          # A.7: the time of the product with each matrix of a layer
     python bench.py cost                          # Table 3: the time and memory of slicing, and of RFT (needs peft)
     python bench.py table1 --models DIR DIR       # Table 1: perplexity: dense, SparseGPT 2:4, SliceGPT
     python bench.py tasks --model DIR             # Figure 5: zero-shot accuracy (needs lm_eval)
@@ -15,7 +15,8 @@ dense; or sliced with a Q for each block, the paper's method ("block"); or, beyo
 which needs no shortcuts ("shared").
 
 Each command is a generator of the rows of a table. A row is printed, and the file of --json written anew, as soon as it
-is measured, so a long run that ends early loses nothing. "-" in a table means that there is no such figure.
+is measured, so a long run that ends early keeps what it had (but quality measures when it has made all networks). "-"
+in a table means that there is no such figure.
 """
 import argparse
 import contextlib
@@ -23,6 +24,7 @@ import copy
 import gc
 import itertools
 import json
+import platform
 import sys
 import time
 from functools import cache, partial
@@ -93,7 +95,7 @@ WARM_UP = 4  # rounds that do not count
 
 
 def seconds_of(work, device, calls: int = 1) -> float:
-    synchronize = torch.get_device_module(device).synchronize  # a GPU works on after a call has returned
+    synchronize = partial(torch.get_device_module(device).synchronize, device)  # a GPU works on after a call returns
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -132,9 +134,10 @@ def latency(args):
     """Table 2: the time of one token behind a prompt: median, 10th and 90th percentile over --tokens rounds.
 
     of dense: divided by the dense network's time in the same round. GB/token: weights that a token reads. of copy GB/s:
-    how fast it reads them, as a share of how fast memory is copied. --layers, for networks that do not fit: so many (at
-    least 2) and half as many layers are measured, and the medians extrapolated, so p10 and p90 are those, too. Without
-    --compile, small networks and batches on a GPU measure how fast Python launches kernels.
+    how fast it reads them, as a share of how fast memory is copied. With --batch-size, a token is one of each sequence.
+    --layers, for networks that do not fit: so many (at least 2) and half as many layers are measured, and the medians
+    extrapolated, which leaves no percentiles. Without --compile, small networks and batches on a GPU measure how fast
+    Python launches kernels.
     """
     published = SHAPES[args.shape][1]["num_hidden_layers"]
     deep = max(2, min(args.layers or published, published))
@@ -157,19 +160,22 @@ def latency(args):
             at_deep, at_shallow, _ = seconds.quantile(0.5, dim=1, keepdim=True).split(len(networks))
             seconds = at_deep + (at_deep - at_shallow) / (deep - shallow) * (published - deep)
         for name, model, times in zip(networks, whole, seconds):
-            ms, ms_p10, ms_p90 = (1e3 * times).quantile(percentiles).tolist()
+            ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
             share, share_p10, share_p90 = (times / seconds[0]).quantile(percentiles).tolist()
-            read, held = bytes_read(model), sum(weight.nbytes for weight in model.parameters())
-            yield {"network": name, "prompt": length, "ms/token": ms, "p10": ms_p10, "p90": ms_p90, "of dense": share,
-                   "its p10": share_p10, "its p90": share_p90, "GB/token": read / 1e9,
-                   "of dense GB": read / bytes_read(whole[0]), "GB held": held / 1e9,
-                   "of copy GB/s": read / (ms / 1e3) / copied_per_second, "copy GB/s": copied_per_second / 1e9}
+            if deep < published:
+                p10 = p90 = share_p10 = share_p90 = None
+            read = bytes_read(model)
+            yield {"network": name, "prompt": length, "ms/token": ms, "p10": p10, "p90": p90, "of dense": share,
+                   "its p10": share_p10, "its p90": share_p90, "GB/token": read / 1e9, "of dense GB": read / bytes_read(
+                       whole[0]), "of copy GB/s": read / (ms / 1e3) / copied_per_second,
+                   "copy GB/s": copied_per_second / 1e9}
 
 
 def throughput(args):
     """A.6: tokens per second in the middle of sequences of --seqlen, in batches of 1, 2, 4, ...
 
-    The batch is doubled until the speed drops, or memory runs out ("-"). of best dense: of the dense network's best.
+    The batch is doubled until the speed drops, memory runs out ("-"), or it is --max-batch-size. of best dense: of the
+    dense network's best.
     """
     prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
     best_dense = None
@@ -194,11 +200,11 @@ def throughput(args):
 
 
 def ops(args):
-    """A.7: milliseconds of each matrix product of a layer: dense, sliced, and 2:4 sparse ("-": torch has none here).
+    """A.7: ms of the product with each matrix of a layer: dense, sliced, and 2:4 sparse ("-": torch has none here).
 
     A sliced layer also multiplies by its shortcuts. tokens: rows of the signal. With fewer than 64, a product is called
-    20 times in a row, because a single one takes a GPU less time than its launch; its weights may then stay in a cache,
-    as those of a whole network would not.
+    20 times in a row, so that waiting for a GPU counts little. Even so, small layers measure how fast Python launches,
+    and weights stay in a cache, if they fit, as those of a whole network would not.
     """
     dense, sliced = (build(args.shape, 1, args.dtype, args.device, sparsity) for sparsity in (None, args.sparsity))
     if "experts" in slicegpt.architecture(dense.config).ffn.W_in:
@@ -221,7 +227,7 @@ def ops(args):
 
 
 def products(dense, sliced, tokens: int):
-    """(name, {kind: a function that computes it}) of every matrix product of the first layer."""
+    """(name, {kind: a function that computes it}) of the product with each matrix of the first layer."""
     random = partial(torch.randn, dtype=dense.dtype, device=dense.device)
     for before, after in zip(stages(dense), stages(sliced)):
         for path in [path for block in before.blocks for path in f"{block.W_in} {block.W_out}".split()]:
@@ -331,7 +337,7 @@ def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
 
 
 def read_model(args, sliced_too: bool = False) -> tuple:
-    """(model, slicegpt.Inputs, where to slice) that the options ask for; what was left out of them is filled in."""
+    """(model, slicegpt.Inputs, {batch_size, device} of slicing) of the options; fills in the device and dtype there."""
     inputs = slicegpt.read_inputs(args)
     if inputs.calibration is None and not sliced_too:
         raise SliceGPTError(f"{args.model} is sliced already")
@@ -352,13 +358,14 @@ TABLE_1 = {  # the paper's perplexities, in the order of METHODS
     "llama-2-13b": (4.88, 7.07, 5.21, 5.81, 6.30, 6.99), "llama-2-70b": (3.32, 4.98, 3.69, 4.25, 4.60, 5.05)}
 
 
-def table1(args):
+def table1(options):
     """Table 1: perplexity of --models (or --model); beside it the paper's, if model and settings are the paper's.
 
-    Those are the default texts, and --samples 1024; models are known by the names of their directories.
+    Those are --samples 1024, and for all else the defaults, with sequences of 2048; models are known by the names of
+    their directories.
     """
-    for name in args.models or [args.model]:
-        args.model = name
+    for name in options.models or [options.model]:
+        args = argparse.Namespace(**vars(options) | {"model": name})  # the defaults depend on the model
         model, inputs, where = read_model(args)
         settings = (args.calibration, args.samples, args.eval, args.eval_samples, args.seqlen, args.round_to)
         as_in_paper = settings == (["wikitext2"], 1024, ["wikitext2"], None, 2048, 8)
@@ -420,11 +427,13 @@ def spectrum(args):
 
 
 def quality(args):
-    """Perplexity, size and time of every method at every size; networks have the sizes of --sparsities or --params.
+    """Perplexity, size and time of every method at every size.
 
+    Networks with one Q for all blocks have --params, if given; else, and with a Q for each block always, --sparsities.
     learned: Q is improved by --learn steps of descent. tied: embedding and head stay one matrix. Of SparseGPT 2:4,
     parameters are those that are not zero, bytes those of a 2:4 format, the time that of dense products. --formats:
-    sliced networks are rotated at random before they are rounded, as weights of similar size lose less by it.
+    weights are rounded to formats of llama.cpp, most of which need --round-to 32; sliced networks, but not the dense
+    one, were rotated at random before, as weights of similar size lose less by it.
     """
     model, inputs, where = read_model(args)
     widths = {args.round_to, *(W.shape[-1] for W in model.parameters() if W.dim() > 1)}
@@ -444,10 +453,11 @@ def quality(args):
         row |= {name: slicegpt.perplexity(network, text) for name, text in inputs.evaluation.items()}
         for format in args.formats if not zeros else ():
             stored = copy.deepcopy(network)
-            for W in [W for W in stored.parameters() if W.dim() > 1]:
-                values, bytes_per_weight = rounded(W, format)
-                W.copy_(values)
-            row[f"{format} GB/token"] = row["GB/token"] * bytes_per_weight / W.itemsize
+            for W in stored.parameters():
+                if W.dim() > 1:
+                    W.copy_(rounded(W, format)[0])
+            bytes_per_weight = rounded(torch.zeros(1, 256), format)[1]
+            row[f"{format} GB/token"] = row["GB/token"] * bytes_per_weight / network.dtype.itemsize
             row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in inputs.evaluation.items()}
         yield row
 
@@ -515,9 +525,11 @@ def show(args, rows: list[dict]):
     formats = ["<21" if isinstance(rows[0][key], str) else f">{max(len(key), 1 + len(text(rows[0][key])))}"
                for key in keys]
     if len(rows) == 1:
-        options = vars(args) | dict.fromkeys(("command", "axes", "json", "plot"))
-        given = ", ".join(f"{name} {value}" for name, value in options.items() if value not in (None, []))
-        print(f"{args.command.__name__}: {given}", "  ".join(map(format, keys, formats)), sep="\n")
+        given = ", ".join(f"{name} {value}" for name, value in vars(args).items()
+                          if name not in ("command", "axes", "json", "plot") and value not in (None, []))
+        on = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        print(f"{args.command.__name__}: {given}\ntorch {torch.__version__}, transformers {transformers.__version__}, "
+              f"{on}", "  ".join(map(format, keys, formats)), sep="\n")
     print("  ".join(map(format, [text(rows[-1].get(key)) for key in keys], formats)), flush=True)
 
 
@@ -557,7 +569,7 @@ def run(args):
 
 
 def main(argv=None) -> int:
-    """The exit code, see `slicegpt.exit_code`."""
+    """Runs a command; returns its exit code, see `slicegpt.exit_code`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
     natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
@@ -596,7 +608,7 @@ def main(argv=None) -> int:
     add(spectrum, ("layer", "direction", "eigenvalues"))
     add(quality, ("method", "parameters", "perplexity"), sparsities=(share, [0.1, 0.2, 0.3]), params=(float, []),
         round_to=(positive, 8), learn=(natural, 0), formats=(str, []))
-    args = parser.parse_args(argv or sys.argv[1:] or ["latency"])
+    args = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["latency"])
     if args.dtype is None and args.command in (latency, throughput, ops, cost):
         args.dtype = "float32" if args.device.type == "cpu" else "float16"
     return slicegpt.exit_code("bench", partial(run, args))
