@@ -1870,7 +1870,7 @@ class Inputs:
 def read_inputs(args) -> Inputs:
     """Completes the options whose defaults depend on the model, and reads what they name. Raises SliceGPTError."""
     texts = ["pydoc" if args.model == "demo" else "wikitext2"]
-    args.calibration, args.eval = args.calibration or texts, list(dict.fromkeys(args.eval or texts))
+    args.calibration, args.eval = (list(dict.fromkeys(names or texts)) for names in (args.calibration, args.eval))
     device = find_device(args.device)
     config, tokenizer, *_ = describe(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else "auto"

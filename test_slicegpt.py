@@ -1828,7 +1828,7 @@ def test_the_program_reports_and_prints_the_figures_of_the_dense_and_of_the_save
 def test_the_program_slices_by_several_texts_in_equal_shares_and_measures_on_several(tiny, tmp_path):
     (tmp_path / "other").write_text("sphinx of black quartz judge my vow" * 40)
     tune = ["--finetune", 3] if importlib.util.find_spec("peft") else []
-    out, report = results(*on(tiny), "--calibration", tiny / "text", "own", tmp_path / "other", "--samples", 7,
+    out, report = results(*on(tiny), "--calibration", tiny / "text", "own", tmp_path / "other", "own", "--samples", 7,
                           "--eval", tiny / "text", tmp_path / "other", tiny / "text", "--seed", 3, *tune)
     model, tokenizer = load(tiny / "model")
     text, other = (tokenize(tokenizer, file.read_text(), 32, seed=3) for file in (tiny / "text", tmp_path / "other"))
