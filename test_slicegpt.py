@@ -47,6 +47,7 @@ import itertools
 import json
 import math
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,7 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -808,6 +810,20 @@ def in_a_process(function, *arguments) -> int:
     process.start()
     process.join()
     return process.exitcode
+
+
+def slicegpt_alone(folder, arguments, events=(), encoding="utf-8"):
+    """In a process of its own: slicegpt.py as it is started from a shell, whose output goes to the files out and err.
+
+    events: arguments of `interrupt`, which is called with each of them. encoding: the console's.
+    """
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), stream.fileno())
+        stream.reconfigure(encoding=encoding)
+    for event in events:
+        interrupt(*event)
+    sys.argv = ["slicegpt.py", *map(str, arguments)]
+    runpy.run_path(str(HERE / "slicegpt.py"), run_name="__main__")
 
 
 def interrupt(owner, name: str, number: int, event, replace=setattr):
@@ -1652,58 +1668,48 @@ def test_the_demo_model_is_trained_by_one_process(tmp_path, monkeypatch):
         load("demo")
 
 
-def test_an_old_transformers_is_named_as_the_file_is_imported():
-    program = "import transformers; transformers.__version__ = '4.57.1'; import slicegpt"
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert process.stderr.splitlines()[-1] == (
-        "ImportError: slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1")
+def test_an_old_transformers_is_named_as_the_file_is_imported(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(ImportError, match="^slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1$"):
+        runpy.run_path(str(HERE / "slicegpt.py"))
 
 
 # ---- An accelerator -------------------------------------------------------------------------------------------------
 
-DEVICE = """
-import contextlib, itertools, torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-import slicegpt
-from test_slicegpt import WAYS, AutoModelForCausalLM, config_of, slice_by
+def slice_on_a_gadget():
+    """Slices, in a process of its own, on a device that exists in Python only, whose tensors have no values."""
+    class Yes:
+        all = __bool__ = lambda self: True
 
-def apply(module, function, recurse=True):  # torch's own swaps tensors, which these cannot
-    for child in module.children():
-        apply(child, function)
-    for name, W in module._parameters.items():
-        module._parameters[name] = None if W is None else nn.Parameter(function(W.data))
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else function(buffer)
-    return module
+    def apply(module, function, recurse=True):  # torch's own swaps tensors, which these cannot
+        for child in module.children():
+            apply(child, function)
+        for name, W in module._parameters.items():
+            module._parameters[name] = None if W is None else nn.Parameter(function(W.data))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else function(buffer)
+        return module
 
-class Yes:
-    all = __bool__ = lambda self: True
-
-_setup_privateuseone_for_python_backend("gadget")
-torch.Tensor.backward, torch.Tensor.item = lambda loss: None, lambda X: 0.0  # autograd needs a real device
-nn.Module._apply, torch.Tensor.isfinite = apply, lambda X: Yes()
-slicegpt.check_tokens = slicegpt.check_row = lambda *_: None  # there are no values
-torch.autocast = lambda *_, **__: contextlib.nullcontext()
-torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
-slicegpt.dimension_by_variance = lambda eigenvalues, *_, **__: len(eigenvalues) // 2
-for family, home, way in itertools.product(("llama", "gpt2", "phi"), ("cpu", "gadget:0"), (*WAYS, "learned")):
-    with FakeTensorMode():
-        device, tokens = torch.device("gadget:0"), torch.zeros(8, 12, dtype=torch.int64)
-        model = slice_by(AutoModelForCausalLM.from_config(config_of(family)).to(home), way, tokens, device)
-        model.to(device)(tokens.to(device), use_cache=False)
-    assert {W.device for W in model.parameters()} == {device}
-    assert model.get_input_embeddings().embedding_dim == 8
-    print(family, home, way, flush=True)
-"""
+    importlib.import_module("torch.utils.backend_registration")._setup_privateuseone_for_python_backend("gadget")
+    torch.Tensor.backward, torch.Tensor.item = lambda loss: None, lambda X: 0.0  # autograd needs a real device
+    nn.Module._apply, torch.Tensor.isfinite = apply, lambda X: Yes()
+    slicegpt.check_tokens = slicegpt.check_row = lambda *_: None  # there are no values
+    torch.autocast = lambda *_, **__: nullcontext()
+    torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
+    slicegpt.dimension_by_variance = lambda eigenvalues, *_, **__: len(eigenvalues) // 2
+    for family, home, way in itertools.product(("llama", "gpt2", "phi"), ("cpu", "gadget:0"), (*WAYS, "learned")):
+        with FakeTensorMode():
+            device, tokens = torch.device("gadget:0"), torch.zeros(8, 12, dtype=torch.int64)
+            model = AutoModelForCausalLM.from_config(config_of(family, num_hidden_layers=1)).to(home)
+            slice_by(model, way, tokens, device)
+            model.to(device)(tokens.to(device), use_cache=False)
+        assert {W.device for W in model.parameters()} == {device}, (family, home, way)
+        assert model.get_input_embeddings().embedding_dim == 8, (family, home, way)
 
 
-def test_on_an_accelerator_every_tensor_of_slicing_is_where_it_is_used():
-    """On a device that exists in Python only, whose tensors have no values: one that is elsewhere is an error."""
-    process = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
-    lines = 3 * 2 * (len(WAYS) + 1)  # a line for each family, home and way
-    assert process.stdout.count("\n") == lines, process.stderr[-3000:]  # it may crash as it ends
+def test_slicing_mixes_no_tensors_of_an_accelerator_with_those_of_the_cpu():
+    """As torch makes an error of that. Nothing else is checked of a device that has no values."""
+    assert in_a_process(slice_on_a_gadget) == 0
 
 
 def test_a_device_without_float64_is_refused(tiny, monkeypatch):
@@ -1946,30 +1952,24 @@ def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monke
     assert (code, out) == (2, "") and err.endswith(message)  # no figures, not even of the dense model
 
 
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("measuring, saving, saved", [(1, 0, True), (0, 1, True), (0, 2, False), (1, 1, False)])
-def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced(
-        tiny, tmp_path, name, code, measuring, saving, saved):
-    """But a second one ends the program at once. They are sent while the sliced model is measured, or saved."""
-    program = f"""
-import runpy, signal, transformers
-from test_slicegpt import interrupt
-if {measuring}:
-    interrupt(transformers.GenerationMixin, "generate", 2, signal.{name})
-if {saving}:
-    interrupt(transformers.PreTrainedModel, "save_pretrained", 1, signal.{name})
-if {saving} == 2:
-    interrupt(transformers.PreTrainedTokenizerFast, "save_pretrained", 2, signal.{name})
-runpy.run_path({str(HERE / "slicegpt.py")!r}, run_name="__main__")
-"""
-    arguments = [*map(str, on(tiny)), "--save", str(tmp_path / "sliced")]
-    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-    assert process.returncode == code and "Traceback" not in process.stderr
-    assert "dense: " in process.stdout and ("sliced: " in process.stdout) == (not measuring)
-    assert [file.name for file in tmp_path.iterdir()] == (["sliced"] if saved else [])
-    assert ("the sliced model is not saved" in process.stderr) == (not saved)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where, measured, saved", [
+    ([(transformers.GenerationMixin, "generate", 2)], False, True),  # while the sliced model is measured
+    ([(transformers.PreTrainedModel, "save_pretrained", 1)], True, True),
+    ([(transformers.PreTrainedModel, "save_pretrained", 1),
+      (transformers.PreTrainedTokenizerFast, "save_pretrained", 2)], True, False),
+    ([(transformers.GenerationMixin, "generate", 2),
+      (transformers.PreTrainedModel, "save_pretrained", 1)], False, False)])
+def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced_but_a_second_ends_the_program_at_once(
+        tiny, tmp_path, number, code, where, measured, saved):
+    model, events = tmp_path / "sliced", [(*place, number) for place in where]
+    assert in_a_process(slicegpt_alone, tmp_path, [*on(tiny), "--save", model], events) == code
+    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert "dense: " in out and ("sliced: " in out) == measured and "Traceback" not in err
+    assert ("the sliced model is not saved" in err) == (not saved)
+    assert {file.name for file in tmp_path.iterdir()} - {"out", "err"} == ({"sliced"} if saved else set())
     if saved:
-        load(tmp_path / "sliced")
+        load(model)
 
 
 @needs("peft")
@@ -2024,10 +2024,10 @@ def test_a_process_that_fails_at_its_end_says_so_in_its_exit_code_and_last_line(
     """And has printed the figures and saved the model."""
     shutil.copytree(tiny / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
     arguments = [*on(tiny, tmp_path / "mod\u00e8le"), "--save", tmp_path / "sliced", "--report", "/dev/full"]
-    process = subprocess.run([sys.executable, HERE / "slicegpt.py", *map(str, arguments)], capture_output=True,
-                             text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert process.returncode == 2 and "mod?le" in process.stdout and "perplexity" in process.stdout
-    assert process.stderr.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
+    assert in_a_process(slicegpt_alone, tmp_path, arguments, (), "ascii") == 2
+    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert "mod?le" in out and "perplexity" in out
+    assert err.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
     load(tmp_path / "sliced")
 
 
@@ -2128,15 +2128,16 @@ def measure_memory(report, first, arguments):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what is mapped from the rest")
 def test_a_stream_needs_the_memory_of_a_few_layers(tiny, tmp_path):
-    """Of a model of 16 layers, fewer than 4 are in memory that the system cannot drop, measuring included."""
-    model = tiny_network(hidden_size=512, ffn=2048, num_hidden_layers=16, heads=(8, 8, 64)).float()
+    """Of a model of 10 layers, fewer than 4 are in memory that the system cannot drop, measuring included."""
+    model = AutoModelForCausalLM.from_config(config_of(
+        "llama", hidden_size=512, ffn=2048, num_hidden_layers=10, heads=(8, 8, 64), tie_word_embeddings=False))
     size, layer = (sum(W.nbytes for W in module.parameters()) for module in (model, layers(model)[0]))
-    checkpoint(mild(model), tmp_path / "large", max_shard_size="100MB")
+    checkpoint(model, tmp_path / "large", max_shard_size="100MB")
     del model
     arguments = [*on(tiny, tmp_path / "large"), "--stream", "--samples", 8, "--save", tmp_path / "sliced"]
     code = in_a_process(measure_memory, tmp_path / "report", on(tiny), arguments)
     before, peak, err = json.loads((tmp_path / "report").read_text())
-    assert code == 0 and peak - before < 4 * layer < size / 3, (err, before, peak, layer)
+    assert code == 0 and peak - before < 4 * layer < size / 2, (err, before, peak, layer)
     assert sum(file.stat().st_size for file in (tmp_path / "sliced").iterdir()) > size / 2
 
 
@@ -2148,9 +2149,9 @@ def test_the_demo_model_loses_little_by_slicing_and_less_by_learning():
     assert report["model"] == "demo" and report["dense_perplexity"] < 100  # of 1024 tokens
     assert 0.99 < report["sliced_perplexity"] / report["dense_perplexity"] < 1.09
     assert report["sliced_parameters"] < report["dense_parameters"]
-    shared, learned = (results("--sparsity", 0.75, "--samples", 64, "--eval-samples", 20, *flags)[1]
-                       for flags in (["--rotation", "shared"], ["--learn", 20]))
-    assert learned["sliced_perplexity"] < 0.85 * shared["sliced_perplexity"]
+    shared, learned = (results("--sparsity", 0.75, "--samples", 32, "--eval-samples", 20, *flags)[1]
+                       for flags in (["--rotation", "shared"], ["--learn", 10]))
+    assert learned["sliced_perplexity"] < 0.9 * shared["sliced_perplexity"]
 
 
 def test_a_demo_model_that_cannot_be_kept_is_used_all_the_same(monkeypatch, tmp_path):
@@ -2163,21 +2164,21 @@ def test_a_demo_model_that_cannot_be_kept_is_used_all_the_same(monkeypatch, tmp_
 
 
 def test_a_mixture_of_experts_that_was_trained_loses_little():
-    """On the demo's text; trained in some 15 seconds."""
+    """On the demo's text, of 1024 different tokens."""
     _, tokenizer, *_ = slicegpt.describe("demo")
-    tokens, held_out = (tokenize(tokenizer, read_text("pydoc", kept), 128, samples)
+    tokens, held_out = (tokenize(tokenizer, read_text("pydoc", kept), 64, samples)
                         for kept, samples in ((False, None), (True, 20)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(transformers.MixtralConfig(
             vocab_size=1024, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=64, num_local_experts=4, max_position_embeddings=128))
+            intermediate_size=64, num_local_experts=4, max_position_embeddings=64))
         slicegpt.train(model, [tokens[torch.randint(len(tokens), (8,))] for _ in range(150)], 3e-3, "training")
     dense = perplexity(model, held_out)
     block, shared, learned = (
         perplexity(standard(slice_by(copy.deepcopy(model), way, tokens[:32], steps=10))[0], held_out)
         for way in ("block", "shared", "learned"))
-    assert dense < 200 and dense < block < 1.3 * dense
+    assert dense < 250 and dense < block < 1.3 * dense
     assert dense < learned < shared < 1.3 * dense
 
 
