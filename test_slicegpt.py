@@ -1,30 +1,28 @@
 """The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
 
 Each test is one claim, which is its name. The oracle of outputs is Hugging Face's untouched model, kept in float64 by
-`Double`; that of matrices the fused model. In the paper's part, "the same" means a relative error below 1e-11, unless
-the test says why not. Eight families are drawn at random; of the 44 others, which differ in little but names, one
-network each.
+`double_precision`; that of matrices the fused model. In the paper's part, "the same" means a relative error below
+1e-11, unless the test says why not. Equations, matrix by matrix, are tested with many networks of each of eight
+families; what a network computes as a whole with those, and one network of each of the 44 other families.
 
     2.1, 3.1, 3.2, 3.3, 3.4, A.4     the paper: read these beside it, in its order
-    How the networks are made        what they call: random networks of every family, and their signals and matrices
+    How the networks are made        what these call: random networks of every family; their signals, readers, writers
     How programs are run             the helpers of all that follows: small models, files, processes
     4, Beyond the paper              texts, perplexity, fine-tuning; one rotation, standard models, tied heads
     What a sliced model can do       files, copies, generation, other programs
     What cannot be done is refused   with a reason, before anything has changed
     An accelerator; the command line; what goes wrong; several processes; larger than memory; real models; bench.py
 
-`python -m pytest test_slicegpt.py` takes 5 to 10 minutes. Once, 45 seconds more train the demo model, which is kept
-in the user's cache; what needs a package that is not installed is skipped.
+`python -m pytest test_slicegpt.py` takes two or three minutes. Once, 45 seconds more train the demo model, which is
+kept in the user's cache; what needs a package that is not installed is skipped.
 
     family          one of Hugging Face's model types, such as opt: a row of the table ARCHITECTURES in slicegpt.py
-    block           an attention or an FFN
     stage           a step X <- X + Z, by one block, or by both blocks of a layer in which they are parallel
     X (.., D)       a signal: what the embeddings give, and then what each stage leaves; the norms read it
-    D, d            its width in the network as it comes, and sliced; config.slicegpt["dimensions"] has that of each
-    N, V            tokens of a sequence, size of the vocabulary
+    D, d; N; V      its width in the network as it comes, and sliced; tokens of a sequence; size of the vocabulary
     one_width       a family, such as GPT-2, whose signals must all be as wide as each other
-    reader          a module whose matrix multiplies what a norm gives: W_in of a block, or the head
-    writer          a module whose matrix makes what is added to the signal: W_out of a block
+    reader, writer  a module whose matrix multiplies what a norm gives (W_in of a block, or the head), or makes what is
+                    added to the signal (W_out of a block)
     head            the last matrix, which gives the logits; it is sliced, or reads all D dimensions ("full")
     matrix(module)  its W as the paper has it: a reader has a row for each dimension of the signal, a writer a column
     Q (D, d), C     the columns of a rotation that are kept (d = D: all); X^T X, whose eigenvectors they are
@@ -730,7 +728,7 @@ def double_precision():
 
 # ---- How programs are run: small models, files and processes --------------------------------------------------------
 
-BATCH = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+BATCH = padded(random_tokens(2, 9), 0)
 WAYS = ("block", "shared", "tied", "by variance", "full", "shared and tied")  # see `slice_by`
 # of these, transformers keeps something in float32 as it loads them, such as routers
 KEEPS_FLOAT32 = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3",
@@ -766,7 +764,7 @@ def mild(model):
 def slice_by(model, way: str, tokens, device=None, batch_size: int = 8, steps: int = 2):
     """Slices a model to half its width, in place, and returns it: in one of WAYS, or by a "learned" rotation.
 
-    A GPT-2 or a mixture, whose signals have one width, is sliced by "block" instead of "by variance" or "full".
+    For a model whose signals must have one width, "by variance" and "full" mean "block".
     """
     where = {"batch_size": batch_size, "device": device}
     if way in ("shared", "shared and tied", "learned"):
@@ -775,9 +773,9 @@ def slice_by(model, way: str, tokens, device=None, batch_size: int = 8, steps: i
             Q = learn_rotation(model.to(device or model.device), tokens, Q, steps, batch_size=3)
         rotate(model, Q, device)
     else:
-        way = "block" if architecture(model.config).one_width and way in ("by variance", "full") else way
-        slice_model(model, tokens, 0.5, round_to=2, head="full" if way == "full" else "sliced",
-                    discard_variance=0.1 if way == "by variance" else None, **where)
+        free = not architecture(model.config).one_width
+        slice_model(model, tokens, 0.5, round_to=2, head="full" if free and way == "full" else "sliced",
+                    discard_variance=0.1 if free and way == "by variance" else None, **where)
     if way in ("tied", "shared and tied"):
         tie_head(model, tokens)
     return model
@@ -841,6 +839,12 @@ def interrupt(owner, name: str, number: int, event, replace=setattr):
     replace(owner, name, call)
 
 
+def change_json(file, **values):
+    """Sets these values; those that are None go."""
+    values = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A directory with saved models and texts, good ones and bad ones."""
@@ -850,20 +854,17 @@ def tiny(tmp_path_factory):
     checkpoint(tiny_network(tie_word_embeddings=True).float(), path / "tied")
     checkpoint(tiny_network(vocab_size=9).float(), path / "few")
     tiny_network("opt").float().save_pretrained(path / "mute")
-    for name in ("sliced", "more"):
+    for name in ("sliced", "more", "quantised"):
         save(sliced_network().float(), tiny_tokenizer(), path / name)
-    shutil.copytree(path / "sliced", path / "quantised")
-    config = json.loads((path / "quantised" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (path / "quantised" / "config.json").write_text(json.dumps(config))
-    (path / "adapters" / "adapter_config.json").write_text("{}")
-    (path / "bin" / "model.safetensors").rename(path / "bin" / "pytorch_model.bin")
-    (path / "cut" / "model.safetensors").write_bytes((path / "model" / "model.safetensors").read_bytes()[:-100])
-    weights = load_file(path / "less" / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, path / "less" / "model.safetensors", {"format": "pt"})
-    weights = load_file(path / "more" / "model.safetensors") | {"other.weight": torch.zeros(1)}
-    save_file(weights, path / "more" / "model.safetensors", {"format": "pt"})
+    change_json(path / "quantised/config.json",
+                quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    (path / "adapters/adapter_config.json").write_text("{}")
+    (path / "bin/model.safetensors").rename(path / "bin/pytorch_model.bin")
+    (path / "cut/model.safetensors").write_bytes((path / "model/model.safetensors").read_bytes()[:-100])
+    for name, change in (("less", lambda weights: weights.pop("model.norm.weight")),
+                         ("more", lambda weights: weights.update({"other.weight": torch.zeros(1)}))):
+        change(weights := load_file(path / name / "model.safetensors"))
+        save_file(weights, path / name / "model.safetensors", {"format": "pt"})
     (path / "some.gguf").write_text("")
     (path / "text").write_text("the quick brown fox jumps over the lazy dog and reads a book about slicing" * 40)
     (path / "short").write_text("too short")
@@ -904,19 +905,15 @@ def results(*arguments, program=main, flag="--report"):
 # ---- 4 Experiments: texts, perplexity, recovery fine-tuning ---------------------------------------------------------
 
 def test_perplexity_is_that_of_the_definition():
-    model, tokens = tiny_network("gpt2"), random_tokens(5, 9)
+    """Whatever the batches are; without dropout; and infinite where it is too large for a float."""
+    model, tokens = tiny_network("opt", dropout=0.5), random_tokens(5, 9)
     with torch.no_grad():
         logs = torch.stack([model(row[None]).logits[0, :-1].log_softmax(-1)[range(8), row[1:]] for row in tokens])
     for batch_size in (None, 1, 2, 5):
-        assert math.isclose(perplexity(model, tokens, batch_size), math.exp(-logs.mean()), rel_tol=1e-12)
+        assert math.isclose(perplexity(model.train(), tokens, batch_size), math.exp(-logs.mean()), rel_tol=1e-12)
+        assert not model.training
     model.lm_head.weight.data *= 1e6
-    assert perplexity(model, tokens) == math.inf  # it is too large for a float
-
-
-def test_perplexity_is_measured_without_dropout_and_leaves_the_model_in_eval_mode():
-    model, tokens = tiny_network("opt", dropout=0.5), random_tokens(5, 9)
-    expected = perplexity(model, tokens)
-    assert perplexity(model.train(), tokens) == expected and not model.training
+    assert perplexity(model, tokens) == math.inf
 
 
 def test_a_text_becomes_sequences_the_first_or_random_ones_under_a_seed():
@@ -953,15 +950,15 @@ def test_of_a_data_set_without_a_test_split_a_part_is_kept_for_evaluation_always
     data_set = importlib.import_module("datasets").Dataset.from_dict({"text": sorted(texts)})
     data_set.to_parquet(tmp_path / "set/train.parquet")
     monkeypatch.setitem(slicegpt.HUB_TEXTS, "alpaca", (str(tmp_path / "set"), None))
-    calibration, evaluation = (read_text("alpaca", kept).split("\n\n") for kept in (False, True))
+    (calibration, evaluation), again = ([read_text("alpaca", kept) for kept in (False, True)] for _ in range(2))
+    assert again == [calibration, evaluation]
+    calibration, evaluation = calibration.split("\n\n"), evaluation.split("\n\n")
     assert (len(calibration), len(evaluation)) == (80, 10) and calibration != sorted(calibration)
     assert {*calibration} < texts and {*evaluation} < texts - {*calibration}
-    assert calibration == read_text("alpaca", False).split("\n\n")
-    assert evaluation == read_text("alpaca", True).split("\n\n")
 
 
 @a_few(st.sampled_from(["shared", "learned", *WAYS]),
-       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False)
+       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False, guarded=True)
 def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved_as_it_is(model, way, dtype, seed):
     """(0.2: what slicing leaves in bfloat16 of a random network; errors of float32 are some 1e-5.)"""
     tokens = random_tokens(32, 16, seed)
@@ -981,29 +978,28 @@ def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved
 
 @needs("peft")
 @a_few(st.sampled_from(WAYS), st.sampled_from([torch.float32, torch.bfloat16]), SEEDS, double=False)
-def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, way, dtype, seed):
+def test_finetuning_lowers_the_loss_on_its_text_and_leaves_a_model_of_the_same_kind(model, way, dtype, seed):
+    def kind(model):
+        return (type(model), model.config.to_dict(), [(W.shape, W.dtype) for W in model.state_dict().values()],
+                [W.requires_grad for W in model.parameters()], torch.get_rng_state().tolist())
+
     tokens = random_tokens(4, 12, seed).repeat(16, 1)  # what can be learned by heart
     mild(model).get_output_embeddings().weight.data *= 4
     model, _ = standard(slice_by(model, way, tokens).to(dtype))
     model.config._experts_implementation = "eager"  # torch's grouped products want rows of 16 bytes
     next(model.parameters()).requires_grad_(False)  # it stays frozen
-    before, config, state = copy.deepcopy(model), model.config.to_dict(), torch.get_rng_state()
+    before, kind_before = copy.deepcopy(model), kind(model)
     finetune(model, tokens, learning_rate=3e-3)
     assert perplexity(model, tokens[:4]) < perplexity(before, tokens[:4])
-    assert type(model) is type(before) and model.config.to_dict() == config and not model.training
-    weights, old_weights = model.state_dict(), before.state_dict()
-    kinds = [(name, W.shape, W.dtype) for name, W in weights.items()]
-    assert kinds == [(name, W.shape, W.dtype) for name, W in old_weights.items()]
-    assert [W.requires_grad for W in model.parameters()] == [W.requires_grad for W in before.parameters()]
-    changed = {name.split(".")[-2] for name in weights if not torch.equal(weights[name], old_weights[name])}
+    assert kind(model) == kind_before and not model.training
+    changed = {name.split(".")[-2] for name, W in before.state_dict().items() if not W.equal(model.state_dict()[name])}
     inside = " ".join(block.W_in for stage in stages(model) for block in stage.blocks).split()
     assert changed and changed <= {path.rpartition(".")[2] for path in inside} | {"fc2"}  # peft's default for Phi
-    assert torch.equal(state, torch.get_rng_state())
 
 
 # ---- Beyond the paper: one rotation, learned too; standard models; tied heads ---------------------------------------
 
-@a_few(SEEDS)
+@every_structure(SEEDS, examples=3)
 def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model, seed):
     """With 0.3 times as much weight on what is written. (1e-9: covariances square what is small.)"""
     tokens = random_tokens(8, 12, seed)
@@ -1018,7 +1014,7 @@ def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model
     assert (rotated.diag().diff() <= 1e-9).all()
 
 
-@a_few(BATCHES, SEEDS)
+@every_structure(BATCHES, SEEDS, examples=3)
 def test_a_projected_network_is_the_sliced_one(model, batch, seed):
     """And leaving it, the network is what it was. (1e-13: BLAS minds how the memory is aligned.)"""
     fuse(model)
@@ -1041,7 +1037,7 @@ def cost(model, Q, tokens):
             return -(expected * model(tokens).logits.log_softmax(-1)).sum(-1).mean()
 
 
-@a_few(SEEDS)
+@every_structure(SEEDS, examples=3)
 def test_a_learned_rotation_costs_the_output_less_and_nothing_else_changes(model, seed):
     """(1e-12: Q is made orthonormal once more, in float64.)"""
     tokens, d = random_tokens(8, 12, seed), model.config.hidden_size // 2
@@ -1053,12 +1049,6 @@ def test_a_learned_rotation_costs_the_output_less_and_nothing_else_changes(model
     assert same_weights(model, before.state_dict())
     assert [W.requires_grad for W in model.parameters()] == [W.requires_grad for W in before.parameters()]
     assert all(W.grad is None for W in model.parameters())
-
-
-def test_the_seed_decides_what_is_learned_from():
-    model, tokens, start = tiny_network(), random_tokens(8, 12), random_rotation(16, 0)[:, :8]
-    Q, again, other = (learn_rotation(model, tokens, start, 1, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(Q, again) and not torch.equal(Q, other)
 
 
 @a_few(BATCHES, SEEDS)
@@ -1124,11 +1114,6 @@ def test_a_network_that_is_only_fused_becomes_a_standard_one_of_its_own_width(mo
     assert_same(logits(stock, batch), expected, 1e-6 if model.config.model_type in KEEPS_FLOAT32 else 1e-11)
 
 
-def test_a_network_with_shortcuts_is_no_standard_one():
-    model = sliced_network()
-    assert standard(model) == (model, "it has shortcuts")
-
-
 @pytest.mark.parametrize("family, d, options, kind", [
     ("llama", 8, {}, "llama"), ("llama", 9, {}, "mistral"), ("phi3", 8, {}, "mistral"),
     ("qwen2", 8, {"use_sliding_window": False}, "llama"), ("qwen2", 9, {"use_sliding_window": False}, "qwen2"),
@@ -1141,7 +1126,7 @@ def test_a_standard_model_is_of_a_class_that_most_programs_run_if_it_can_be(fami
 
 
 @every_family(st.sampled_from([0.6, 0.2, 0.4, 0.75, 0.9, 1.2]), st.sampled_from([2, 1, 3]), st.booleans(),
-              st.sampled_from(["sliced", "full", "tied"]), examples=8)
+              st.sampled_from(["sliced", "full", "tied"]), examples=4)
 def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, shared, head):
     """It fits, and the next larger does not; as counted in a network that is really sliced."""
     D, config, dense = model.config.hidden_size, copy.deepcopy(model.config), parameters(model)
@@ -1169,13 +1154,7 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
         assert d + round_to > D or size(d + round_to) > share * dense
 
 
-def test_a_share_that_cannot_be_reached_by_single_dimensions_is_refused():
-    """A Phi-2 that is sliced by one rotation becomes at least two wide, as `standard` adds a dimension."""
-    with pytest.raises(SliceGPTError, match="a share 0.01 of the parameters cannot be reached in multiples of 1: 0[.]"):
-        dimension_for(tiny_network("phi").config, 0.01, 1, "shared")
-
-
-@a_few(st.booleans(), SEEDS)
+@every_structure(st.booleans(), SEEDS, examples=3)
 def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, weighted, seed):
     """Each token of the vocabulary weighs 1 / V, and its share of the calibration tokens."""
     tokens = random_tokens(8, 12, seed)
@@ -1197,20 +1176,15 @@ def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, wei
 
 # ---- What a sliced model can do, in files and in memory -------------------------------------------------------------
 
-def test_slicing_is_deterministic_and_draws_no_random_numbers():
-    model, tokens, state = tiny_network("opt"), random_tokens(6, 12), torch.get_rng_state()
-    found, again = (slice_model(copy.deepcopy(model), tokens, 0.5) for _ in range(2))
-    assert same_weights(again, found.state_dict()) and torch.equal(state, torch.get_rng_state())
-
-
 @pytest.mark.parametrize("training, batch_size", [(True, 6), (False, 4)])
-def test_slicing_ignores_dropout_and_how_the_samples_are_batched(training, batch_size):
+def test_slicing_draws_no_random_numbers_and_ignores_dropout_and_how_the_samples_are_batched(training, batch_size):
     """(1e-8: sums in another order, and then eigenvectors of small eigenvalues, whose signs are free.)"""
     model, tokens = tiny_network("opt", dropout=0.5, attention_dropout=0.5), random_tokens(6, 12)
-    expected = slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
+    state, expected = torch.get_rng_state(), slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
     found = slice_model(model.train(training), tokens, 0.5, batch_size=batch_size).state_dict()
     for name, W in expected.items():
         assert_same(found[name].abs(), W.abs(), 1e-8)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @a_few(SEEDS)
@@ -1251,14 +1225,13 @@ def test_the_hidden_states_of_a_sliced_model_are_its_signals(family):
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
 def test_gradient_checkpointing_changes_no_gradient_of_a_sliced_model(family):
-    model, tokens, gradients = sliced_network(family).train(), random_tokens(2, 9), []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.zero_grad()
+    plain, tokens = sliced_network(family).train(), random_tokens(2, 9)
+    checkpointing = copy.deepcopy(plain)
+    checkpointing.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, checkpointing):
         model(tokens, labels=tokens).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(expected, found) for expected, found in zip(*gradients, strict=True))
+    for expected, found in zip(plain.parameters(), checkpointing.parameters(), strict=True):
+        assert torch.equal(expected.grad, found.grad)
 
 
 @a_few(st.sampled_from(WAYS), SEEDS)
@@ -1320,29 +1293,25 @@ def test_a_sliced_model_is_quantised_as_it_is_loaded(tmp_path):
     assert_same(logits(load(tmp_path / "quantised")[0], BATCH), logits(quantised, BATCH))
 
 
-@pytest.mark.parametrize("rotary", [{"rope_type": "default", "rope_theta": 5e5},
-                                    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
-                                     "original_max_position_embeddings": 16}])
-def test_what_older_programs_read_is_in_the_files(tmp_path, rotary):
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "default"}, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}])
+def test_what_older_programs_read_is_in_the_files(tmp_path, scaling):
     """transformers 4's names for rotary embeddings and tokenizers; and tokenizer's files that transformers 5 drops."""
+    rotary = scaling | {"rope_theta": 1e4}
     dense, sliced = checkpoint(tiny_network(rope_parameters=rotary), tmp_path / "dense"), tmp_path / "sliced"
-    of_tokenizer = json.loads((dense / "tokenizer_config.json").read_text())
-    of_tokenizer |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<unk>"]}
-    (dense / "tokenizer_config.json").write_text(json.dumps(of_tokenizer))
+    change_json(dense / "tokenizer_config.json", tokenizer_class="TokenizersBackend", extra_special_tokens=["<unk>"])
     for name in ("tokenizer.model", "merges.txt", "other.txt"):
         (dense / name).write_text(name)
     model, tokenizer = load(dense)
     rotate(model, random_rotation(16, 0)[:, :8])
     save(standard(model)[0], tokenizer, sliced)
-    config = json.loads((sliced / "config.json").read_text())
-    of_tokenizer = json.loads((sliced / "tokenizer_config.json").read_text())
-    scaling = {name: value for name, value in rotary.items() if name != "rope_theta"}
-    assert config["rope_theta"] == rotary["rope_theta"] and rotary.items() <= config["rope_parameters"].items()
-    assert config["rope_scaling"] == (None if rotary["rope_type"] == "default" else scaling)
+    config, of_tokenizer = (json.loads((sliced / name).read_text())
+                            for name in ("config.json", "tokenizer_config.json"))
+    assert config["rope_theta"] == 1e4 and rotary.items() <= config["rope_parameters"].items()
+    assert config["rope_scaling"] == (None if scaling == {"rope_type": "default"} else scaling)
     assert of_tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert of_tokenizer["additional_special_tokens"] == ["<unk>"] and "extra_special_tokens" not in of_tokenizer
-    files = set(os.listdir(sliced))
-    assert {"tokenizer.model", "merges.txt"} < files and "other.txt" not in files
+    assert {"tokenizer.model", "merges.txt"} < {*os.listdir(sliced)} and not (sliced / "other.txt").exists()
     assert load(sliced)[1].extra_special_tokens == ["<unk>"]
 
 
@@ -1560,19 +1529,15 @@ def test_after_an_iterator_of_too_few_or_too_many_the_model_is_refused(number):
             use(model)
 
 
-@needs("accelerate")
-def test_a_model_whose_weights_are_elsewhere_is_refused():
-    model = tiny_network()
-    importlib.import_module("accelerate").cpu_offload(model)
-    with pytest.raises(SliceGPTError, match="some of its weights are elsewhere"):
-        slice_model(model, random_tokens(4, 8))
-
-
-@needs("torchao")
-def test_a_model_that_was_quantised_in_place_is_refused():
-    model, quantization = tiny_network().float(), importlib.import_module("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    with pytest.raises(SliceGPTError, match="its weights are quantised"):
+@pytest.mark.parametrize("package, change, message", [
+    pytest.param("accelerate", lambda accelerate, model: accelerate.cpu_offload(model),
+                 "some of its weights are elsewhere", marks=needs("accelerate")),
+    pytest.param("torchao.quantization", lambda ao, model: ao.quantize_(model, ao.Int8WeightOnlyConfig()),
+                 "its weights are quantised", marks=needs("torchao"))])
+def test_a_model_that_another_package_has_changed_in_place_is_refused(package, change, message):
+    model = tiny_network().float()
+    change(importlib.import_module(package), model)
+    with pytest.raises(SliceGPTError, match=message):
         slice_model(model, random_tokens(4, 8))
 
 
@@ -1583,43 +1548,56 @@ def test_weights_that_are_not_finite_are_named():
         fuse(model)
 
 
-def test_bad_arguments_are_refused_and_the_model_stays_dense():
-    model, gpt2, tied, adapted = tiny_network(), tiny_network("gpt2"), tiny_network(), tiny_network()
-    before, tokens = copy.deepcopy(model.state_dict()), random_tokens(4, 8)
-    tie_head(tied)
-    adapted.peft_config = {}  # peft's mark
-    classifier = transformers.AutoModelForSequenceClassification.from_config(model.config)
-    for refused, message in (
-            *((partial(slice_model, model, tokens, wrong), "at least 0 and below 1") for wrong in (-0.1, 1, math.nan)),
-            (partial(slice_model, model, tokens, 0.9), "leaves none"),
-            (partial(slice_model, model, tokens, head="tied"), "head is sliced or full, not input and tied"),
-            (partial(slice_model, model, tokens, discard_variance=1), "discard_variance must be at least 0 and below"),
-            (partial(slice_model, model, tokens, round_to=0), "round_to must be at least 1, not 0"),
-            (partial(slice_model, model, tokens, batch_size=0), "batch_size must be at least 1, not 0"),
-            (partial(slice_model, model, tokens, round_to=8.0), "round_to must be at least 1, not 8.0, and an integer"),
-            (partial(learn_rotation, model, tokens, torch.eye(15), 1), "Q must be a matrix with 16 rows"),
-            (partial(learn_rotation, model, tokens, torch.eye(16), 0), "steps must be at least 1, not 0"),
-            (partial(fuse, model.model), "a LlamaModel is not one of transformers' causal language models"),
-            (partial(slice_model, classifier, tokens), "a LlamaForSequenceClassification is not one of"),
-            (partial(fuse, transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, num_layers=1))),
-             "cannot slice a t5 model like this: it is an encoder-decoder"),
-            (partial(slice_model, torch.compile(model), tokens), "an? OptimizedModule is not one of"),
-            (partial(standard, model), "a dense model is a standard one"),
-            (partial(save, model, None, "x"), "save needs the model's tokenizer, too"),
-            (partial(slice_model, model, random_tokens(1, 33)), "longer than the model's 32 positions"),
-            (partial(slice_model, gpt2, tokens, head="full"), "a gpt2.* can have neither"),
-            (partial(slice_model, gpt2, tokens, discard_variance=0.1), "a gpt2.* can have neither"),
-            (partial(rotate, copy.deepcopy(gpt2), [torch.eye(16)[:, :8]] * 4 + [torch.eye(16)]), "can have neither"),
-            (partial(slice_model, sliced_network(), tokens), "sliced already"),
-            (partial(shared_rotation, sliced_network(), tokens), "sliced already"),
-            (partial(learn_rotation, sliced_network(), tokens, random_rotation(8, 0), 1), "sliced already"),
-            (partial(slice_model, tied, tokens), "sliced already"),
-            (partial(slice_model, adapted, tokens), "it has adapters: merge them into the model first"),
-            (partial(sliced_network().save_pretrained, "x", push_to_hub=True), "it would lack slicegpt.py on the hub"),
-            (partial(rotate, tied, random_rotation(16, 0)), "its head is tied to its embedding: rotate it before")):
-        with pytest.raises(SliceGPTError, match=message):
-            refused()
-    assert same_weights(model, before) and not isinstance(model, SlicedForCausalLM)
+def tied_network():
+    return tie_head(model := tiny_network()) or model
+
+
+def adapted_network():
+    model = tiny_network()
+    model.peft_config = {}  # peft's mark
+    return model
+
+
+TOKENS, I = random_tokens(4, 8), torch.eye(16)
+
+
+@pytest.mark.parametrize("made, refused, message", [
+    *((tiny_network, partial(slice_model, **{"calibration": TOKENS} | wrong), message) for wrong, message in (
+        ({"sparsity": -0.1}, "at least 0 and below 1"), ({"sparsity": 1}, "at least 0 and below 1"),
+        ({"sparsity": math.nan}, "at least 0 and below 1"), ({"sparsity": 0.9}, "leaves none"),
+        ({"head": "tied"}, "head is sliced or full, not input and tied"),
+        ({"discard_variance": 1}, "discard_variance must be at least 0 and below"),
+        ({"round_to": 0}, "round_to must be at least 1, not 0"),
+        ({"round_to": 8.0}, "round_to must be at least 1, not 8.0, and an integer"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"calibration": random_tokens(1, 33)}, "longer than the model's 32 positions"))),
+    (tiny_network, lambda model: learn_rotation(model, TOKENS, torch.eye(15), 1), "Q must be a matrix with 16 rows"),
+    (tiny_network, lambda model: learn_rotation(model, TOKENS, I, 0), "steps must be at least 1, not 0"),
+    (tiny_network, lambda model: fuse(model.model), "a LlamaModel is not one of transformers' causal language models"),
+    (tiny_network, lambda model: slice_model(torch.compile(model), TOKENS), "an? OptimizedModule is not one of"),
+    (tiny_network, lambda model: slice_model(
+        transformers.AutoModelForSequenceClassification.from_config(model.config), TOKENS),
+     "a LlamaForSequenceClassification is not one of"),
+    (tiny_network, standard, "a dense model is a standard one"),
+    (tiny_network, lambda model: save(model, None, "x"), "save needs the model's tokenizer, too"),
+    (partial(tiny_network, "gpt2"), lambda model: slice_model(model, TOKENS, head="full"), "gpt2.* can have neither"),
+    (partial(tiny_network, "gpt2"), lambda model: slice_model(model, TOKENS, discard_variance=0.1),
+     "gpt2.* can have neither"),
+    (partial(tiny_network, "gpt2"), lambda model: rotate(copy.deepcopy(model), [I[:, :8]] * 4 + [I]),
+     "gpt2.* can have neither"),
+    (adapted_network, lambda model: slice_model(model, TOKENS), "it has adapters: merge them into the model first"),
+    (sliced_network, lambda model: slice_model(model, TOKENS), "sliced already"),
+    (sliced_network, lambda model: shared_rotation(model, TOKENS), "sliced already"),
+    (sliced_network, lambda model: learn_rotation(model, TOKENS, random_rotation(8, 0), 1), "sliced already"),
+    (sliced_network, lambda model: model.save_pretrained("x", push_to_hub=True), "would lack slicegpt.py on the hub"),
+    (tied_network, lambda model: slice_model(model, TOKENS), "sliced already"),
+    (tied_network, lambda model: rotate(model, I), "its head is tied to its embedding: rotate it before")])
+def test_bad_arguments_are_refused_and_the_model_stays_what_it_was(made, refused, message):
+    model = made()
+    kind, before = type(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(SliceGPTError, match=message):
+        refused(model)
+    assert same_weights(model, before) and type(model) is kind
 
 
 WRONG_TOKENS = {
@@ -1713,12 +1691,9 @@ def test_slicing_mixes_no_tensors_of_an_accelerator_with_those_of_the_cpu():
 
 
 def test_a_device_without_float64_is_refused(tiny, monkeypatch):
-    zeros = torch.zeros
-
-    def zeros_of_mps(*args, dtype=None, device=None, **kwargs):
+    def zeros_of_mps(*_, dtype, device):
         if device == "mps" and dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return zeros(*args, dtype=dtype, **kwargs)
 
     monkeypatch.setattr(torch, "zeros", zeros_of_mps)
     code, out, err = command(*on(tiny), "--device", "mps")
@@ -1924,9 +1899,7 @@ def test_a_model_that_has_become_too_large_for_its_type_is_saved_in_a_wider_one(
 
 def test_a_checkpoint_whose_config_names_no_type_keeps_its_type(tiny, tmp_path):
     checkpoint(tiny_network().half(), tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    del config["dtype"]
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    change_json(tmp_path / "model/config.json", dtype=None)
     results(*on(tiny, tmp_path / "model"), "--save", tmp_path / "new" / ".." / "sliced")  # a path by a detour
     assert load(tmp_path / "sliced")[0].dtype == torch.float16
 
