@@ -32,6 +32,7 @@ import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PROGRAM = str(HERE / "slicegpt.py")
 OUTSIDE = os.environ.get("PYTHONPATH", "")
 os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{OUTSIDE}".rstrip(os.pathsep)  # processes that start here find slicegpt
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks on two threads wait for each other
@@ -810,8 +811,8 @@ def in_a_process(function, *arguments) -> int:
     return process.exitcode
 
 
-def slicegpt_alone(folder, arguments, events=(), encoding="utf-8"):
-    """In a process of its own: slicegpt.py as it is started from a shell, whose output goes to the files out and err.
+def alone(folder, program: str, arguments, events=(), encoding="utf-8"):
+    """In a process of its own: a file or module as it runs when it is started from a shell; it writes to out and err.
 
     events: arguments of `interrupt`, which is called with each of them. encoding: the console's.
     """
@@ -820,8 +821,8 @@ def slicegpt_alone(folder, arguments, events=(), encoding="utf-8"):
         stream.reconfigure(encoding=encoding)
     for event in events:
         interrupt(*event)
-    sys.argv = ["slicegpt.py", *map(str, arguments)]
-    runpy.run_path(str(HERE / "slicegpt.py"), run_name="__main__")
+    sys.argv = [program, *map(str, arguments)]
+    (runpy.run_path if program.endswith(".py") else runpy.run_module)(program, run_name="__main__")
 
 
 def interrupt(owner, name: str, number: int, event, replace=setattr):
@@ -959,7 +960,7 @@ def test_of_a_data_set_without_a_test_split_a_part_is_kept_for_evaluation_always
 
 @a_few(st.sampled_from(["shared", "learned", *WAYS]),
        st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False, guarded=True)
-def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved_as_it_is(model, way, dtype, seed):
+def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64(model, way, dtype, seed):
     """(0.2: what slicing leaves in bfloat16 of a random network; errors of float32 are some 1e-5.)"""
     tokens = random_tokens(32, 16, seed)
     mild(model)
@@ -971,9 +972,6 @@ def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved
     dtypes = {W.dtype for W in found.parameters()}
     assert dtypes == {dtype} or keeps_float32 and dtypes == {dtype, torch.float32}
     assert_same(found(BATCH[0]).logits.flatten(0, 1).double(), expected, 1e-3 if dtype == torch.float32 else 0.2)
-    with tempfile.TemporaryDirectory() as folder:
-        save(found, tiny_tokenizer(), f"{folder}/model")
-        assert keeps_float32 or same_weights(load(f"{folder}/model")[0], found.state_dict())
 
 
 @needs("peft")
@@ -1105,7 +1103,7 @@ def test_a_network_sliced_by_one_rotation_becomes_a_standard_one_or_stays_what_i
     assert not hasattr(loaded.config, "slicegpt") and not hasattr(loaded.config, "auto_map")
 
 
-@a_few(BATCHES, families=[family for family in ARCHITECTURES if family not in NEVER_STANDARD])
+@a_few(BATCHES, families=["llama", *(family for family, parts in ARCHITECTURES.items() if parts.mean_free)])
 def test_a_network_that_is_only_fused_becomes_a_standard_one_of_its_own_width(model, batch):
     expected = logits(model, batch)
     fuse(model)
@@ -1649,7 +1647,7 @@ def test_the_demo_model_is_trained_by_one_process(tmp_path, monkeypatch):
 def test_an_old_transformers_is_named_as_the_file_is_imported(monkeypatch):
     monkeypatch.setattr("transformers.__version__", "4.57.1")
     with pytest.raises(ImportError, match="^slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1$"):
-        runpy.run_path(str(HERE / "slicegpt.py"))
+        runpy.run_path(PROGRAM)
 
 
 # ---- An accelerator -------------------------------------------------------------------------------------------------
@@ -1936,7 +1934,7 @@ def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monke
 def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced_but_a_second_ends_the_program_at_once(
         tiny, tmp_path, number, code, where, measured, saved):
     model, events = tmp_path / "sliced", [(*place, number) for place in where]
-    assert in_a_process(slicegpt_alone, tmp_path, [*on(tiny), "--save", model], events) == code
+    assert in_a_process(alone, tmp_path, PROGRAM, [*on(tiny), "--save", model], events) == code
     out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
     assert "dense: " in out and ("sliced: " in out) == measured and "Traceback" not in err
     assert ("the sliced model is not saved" in err) == (not saved)
@@ -1997,7 +1995,7 @@ def test_a_process_that_fails_at_its_end_says_so_in_its_exit_code_and_last_line(
     """And has printed the figures and saved the model."""
     shutil.copytree(tiny / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
     arguments = [*on(tiny, tmp_path / "mod\u00e8le"), "--save", tmp_path / "sliced", "--report", "/dev/full"]
-    assert in_a_process(slicegpt_alone, tmp_path, arguments, (), "ascii") == 2
+    assert in_a_process(alone, tmp_path, PROGRAM, arguments, (), "ascii") == 2
     out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
     assert "mod?le" in out and "perplexity" in out
     assert err.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
@@ -2066,11 +2064,11 @@ def test_under_torchrun_the_program_writes_one_report_and_one_model_as_without_i
     """Recovery fine-tuning included."""
     arguments = [*on(tiny), "--samples", 5, "--eval-samples", 3, "--sparsity", 0.5, "--dtype", "float64"]
     tune = ["--finetune", 6] if importlib.util.find_spec("peft") else []
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, HERE / "slicegpt.py", *arguments,
-               *tune, "--save", tmp_path / "two", "--report", tmp_path / "json"]
-    processes = subprocess.run([*map(str, program)], capture_output=True, text=True)
-    assert processes.returncode == 0, processes.stderr
-    assert processes.stdout.count("saved to") == processes.stdout.count("perplexity  ") == 1
+    arguments_of_two = ["--nproc-per-node", 2, PROGRAM, *arguments, *tune, "--save", tmp_path / "two", "--report",
+                        tmp_path / "json"]
+    code = in_a_process(alone, tmp_path, "torch.distributed.run", arguments_of_two)
+    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert code == 0 and out.count("saved to") == out.count("perplexity  ") == 1, err
     _, one = results(*arguments)
     two = json.loads((tmp_path / "json").read_text())
     for figure in ("dense_perplexity", "sliced_perplexity"):
