@@ -728,6 +728,8 @@ def double_precision():
 
 
 # ---- How programs are run: small models, files and processes --------------------------------------------------------
+#
+# Programs, and Hugging Face's norms, compute in float32: hence relative errors of 1e-6 and more in what follows.
 
 BATCH = padded(random_tokens(2, 9), 0)
 WAYS = ("block", "shared", "tied", "by variance", "full", "shared and tied")  # see `slice_by`
@@ -749,10 +751,10 @@ def tiny_network(family: str = "llama", seed: int = 0, **options):
     return network(family, seed, **{"tie_word_embeddings": False} | options)
 
 
-def sliced_network(family: str = "llama", **options):
-    """Half as wide as `tiny_network`, with shortcuts."""
+def sliced_network(family: str = "llama", way: str = "block", **options):
+    """Half as wide as `tiny_network`, by default with shortcuts."""
     with double_precision():
-        return slice_model(tiny_network(family, **options), random_tokens(8, 12), 0.5, round_to=2)
+        return slice_by(tiny_network(family, **options), way, random_tokens(8, 12))
 
 
 def mild(model):
@@ -1211,17 +1213,6 @@ def test_a_sliced_model_and_its_layers_are_copied_and_pickled():
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
-def test_the_hidden_states_of_a_sliced_model_are_its_signals(family):
-    model, tokens = sliced_network(family), random_tokens(2, 9)
-    with torch.no_grad():
-        *in_front_of_layers, _ = model(tokens, output_hidden_states=True).hidden_states
-    stages_of_a_layer = len(stages(model)) // len(layers(model))
-    *in_front_of_stages, _ = signals(model, tokens)
-    for found, X in zip(in_front_of_layers, in_front_of_stages[::stages_of_a_layer], strict=True):
-        assert torch.equal(found.flatten(0, -2), X)
-
-
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
 def test_gradient_checkpointing_changes_no_gradient_of_a_sliced_model(family):
     plain, tokens = sliced_network(family).train(), random_tokens(2, 9)
     checkpointing = copy.deepcopy(plain)
@@ -1383,26 +1374,19 @@ def test_transformers_alone_loads_a_saved_model(tmp_path):
 
 
 @pytest.mark.parametrize("made", [tiny_network, sliced_network])
-def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, monkeypatch, made):
-    asked = set()
-
-    def noting(auto, from_pretrained, path, **options):
-        asked.add((auto, options.get("revision")))
-        return from_pretrained(path, **options)
-
-    autos = (transformers.AutoConfig, transformers.AutoTokenizer)
-    for auto in autos:
-        monkeypatch.setattr(auto, "from_pretrained", partial(noting, auto, auto.from_pretrained))
-    load(checkpoint(made(), tmp_path), revision="a")
-    assert asked == {(auto, "a") for auto in autos}
+def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, made):
+    autos = (AutoConfig, transformers.AutoTokenizer)
+    with ExitStack() as patches:
+        calls = [patches.enter_context(patch.object(auto, "from_pretrained", wraps=auto.from_pretrained))
+                 for auto in autos]
+        load(checkpoint(made(), tmp_path), revision="a")
+    assert all({call.kwargs.get("revision") for call in calls_of.call_args_list} == {"a"} for calls_of in calls)
 
 
 @needs("accelerate")
-@pytest.mark.parametrize("family, tied", [("llama", False), ("opt", True), ("phi", False)])
-def test_a_sliced_model_is_spread_over_memory_and_disk(tmp_path, family, tied):
-    model = sliced_network(family, num_hidden_layers=4)
-    if tied:
-        tie_head(model)
+@pytest.mark.parametrize("family, way", [("llama", "block"), ("opt", "tied"), ("phi", "block")])
+def test_a_sliced_model_is_spread_over_memory_and_disk(tmp_path, family, way):
+    model = sliced_network(family, way, num_hidden_layers=4)
     save(model, tiny_tokenizer(), tmp_path / "sliced")
     limit = sum(W.nbytes for W in model.parameters()) * 2 // 3
     spread, _ = load(tmp_path / "sliced", device_map="auto", max_memory={"cpu": limit})
@@ -1546,8 +1530,7 @@ def test_weights_that_are_not_finite_are_named():
         fuse(model)
 
 
-def tied_network():
-    return tie_head(model := tiny_network()) or model
+TOKENS, I = random_tokens(4, 8), torch.eye(16)
 
 
 def adapted_network():
@@ -1556,13 +1539,10 @@ def adapted_network():
     return model
 
 
-TOKENS, I = random_tokens(4, 8), torch.eye(16)
-
-
 @pytest.mark.parametrize("made, refused, message", [
     *((tiny_network, partial(slice_model, **{"calibration": TOKENS} | wrong), message) for wrong, message in (
-        ({"sparsity": -0.1}, "at least 0 and below 1"), ({"sparsity": 1}, "at least 0 and below 1"),
-        ({"sparsity": math.nan}, "at least 0 and below 1"), ({"sparsity": 0.9}, "leaves none"),
+        ({"sparsity": -0.1}, "at least 0 and below 1"), ({"sparsity": math.nan}, "at least 0 and below 1"),
+        ({"sparsity": 1}, "at least 0 and below 1"), ({"sparsity": 0.9}, "leaves none"),
         ({"head": "tied"}, "head is sliced or full, not input and tied"),
         ({"discard_variance": 1}, "discard_variance must be at least 0 and below"),
         ({"round_to": 0}, "round_to must be at least 1, not 0"),
@@ -1588,8 +1568,9 @@ TOKENS, I = random_tokens(4, 8), torch.eye(16)
     (sliced_network, lambda model: shared_rotation(model, TOKENS), "sliced already"),
     (sliced_network, lambda model: learn_rotation(model, TOKENS, random_rotation(8, 0), 1), "sliced already"),
     (sliced_network, lambda model: model.save_pretrained("x", push_to_hub=True), "would lack slicegpt.py on the hub"),
-    (tied_network, lambda model: slice_model(model, TOKENS), "sliced already"),
-    (tied_network, lambda model: rotate(model, I), "its head is tied to its embedding: rotate it before")])
+    (tiny_network, lambda model: slice_model(tie_head(tied := copy.deepcopy(model)) or tied, TOKENS), "sliced already"),
+    (partial(sliced_network, way="tied"), lambda model: rotate(model, random_rotation(8, 0)),
+     "its head is tied to its embedding: rotate it before")])
 def test_bad_arguments_are_refused_and_the_model_stays_what_it_was(made, refused, message):
     model = made()
     kind, before = type(model), copy.deepcopy(model.state_dict())
