@@ -813,18 +813,26 @@ def in_a_process(function, *arguments) -> int:
     return process.exitcode
 
 
-def alone(folder, program: str, arguments, events=(), encoding="utf-8"):
-    """In a process of its own: a file or module as it runs when it is started from a shell; it writes to out and err.
-
-    events: arguments of `interrupt`, which is called with each of them. encoding: the console's.
-    """
+def run_alone(folder, program: str, arguments, events, encoding):
+    """For `alone`: a file or module as it is started from a shell; its output goes to the files out and err."""
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), stream.fileno())
         stream.reconfigure(encoding=encoding)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell switches off in the background
     for event in events:
         interrupt(*event)
     sys.argv = [program, *map(str, arguments)]
     (runpy.run_path if program.endswith(".py") else runpy.run_module)(program, run_name="__main__")
+
+
+def alone(program: str, *arguments, events=(), encoding="utf-8"):
+    """(exit code, standard output, standard error) of a program in a process of its own.
+
+    events: arguments of `interrupt`, which is called with each of them. encoding: the console's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        code = in_a_process(run_alone, Path(folder), program, arguments, events, encoding)
+        return code, *(Path(folder, name).read_text() for name in ("out", "err"))
 
 
 def interrupt(owner, name: str, number: int, event, replace=setattr):
@@ -1911,24 +1919,24 @@ def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monke
     assert (code, out) == (2, "") and err.endswith(message)  # no figures, not even of the dense model
 
 
+MEASURING = transformers.GenerationMixin, "generate", 2  # the sliced model
+SAVING = transformers.PreTrainedModel, "save_pretrained", 1
+STILL_SAVING = transformers.PreTrainedTokenizerFast, "save_pretrained", 2
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("where, measured, saved", [
-    ([(transformers.GenerationMixin, "generate", 2)], False, True),  # while the sliced model is measured
-    ([(transformers.PreTrainedModel, "save_pretrained", 1)], True, True),
-    ([(transformers.PreTrainedModel, "save_pretrained", 1),
-      (transformers.PreTrainedTokenizerFast, "save_pretrained", 2)], True, False),
-    ([(transformers.GenerationMixin, "generate", 2),
-      (transformers.PreTrainedModel, "save_pretrained", 1)], False, False)])
+    ([MEASURING], False, True), ([SAVING], True, True), ([SAVING, STILL_SAVING], True, False),
+    ([MEASURING, SAVING], False, False)])
 def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced_but_a_second_ends_the_program_at_once(
         tiny, tmp_path, number, code, where, measured, saved):
-    model, events = tmp_path / "sliced", [(*place, number) for place in where]
-    assert in_a_process(alone, tmp_path, PROGRAM, [*on(tiny), "--save", model], events) == code
-    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
-    assert "dense: " in out and ("sliced: " in out) == measured and "Traceback" not in err
+    events = [(*place, number) for place in where]
+    found, out, err = alone(PROGRAM, *on(tiny), "--save", tmp_path / "sliced", events=events)
+    assert found == code and "dense: " in out and ("sliced: " in out) == measured and "Traceback" not in err
     assert ("the sliced model is not saved" in err) == (not saved)
-    assert {file.name for file in tmp_path.iterdir()} - {"out", "err"} == ({"sliced"} if saved else set())
+    assert [file.name for file in tmp_path.iterdir()] == (["sliced"] if saved else [])
     if saved:
-        load(model)
+        load(tmp_path / "sliced")
 
 
 @needs("peft")
@@ -1983,9 +1991,8 @@ def test_a_process_that_fails_at_its_end_says_so_in_its_exit_code_and_last_line(
     """And has printed the figures and saved the model."""
     shutil.copytree(tiny / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
     arguments = [*on(tiny, tmp_path / "mod\u00e8le"), "--save", tmp_path / "sliced", "--report", "/dev/full"]
-    assert in_a_process(alone, tmp_path, PROGRAM, arguments, (), "ascii") == 2
-    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
-    assert "mod?le" in out and "perplexity" in out
+    code, out, err = alone(PROGRAM, *arguments, encoding="ascii")
+    assert code == 2 and "mod?le" in out and "perplexity" in out
     assert err.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
     load(tmp_path / "sliced")
 
@@ -2052,10 +2059,8 @@ def test_under_torchrun_the_program_writes_one_report_and_one_model_as_without_i
     """Recovery fine-tuning included."""
     arguments = [*on(tiny), "--samples", 5, "--eval-samples", 3, "--sparsity", 0.5, "--dtype", "float64"]
     tune = ["--finetune", 6] if importlib.util.find_spec("peft") else []
-    arguments_of_two = ["--nproc-per-node", 2, PROGRAM, *arguments, *tune, "--save", tmp_path / "two", "--report",
-                        tmp_path / "json"]
-    code = in_a_process(alone, tmp_path, "torch.distributed.run", arguments_of_two)
-    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+    code, out, err = alone("torch.distributed.run", "--nproc-per-node", 2, PROGRAM, *arguments, *tune,
+                           "--save", tmp_path / "two", "--report", tmp_path / "json")
     assert code == 0 and out.count("saved to") == out.count("perplexity  ") == 1, err
     _, one = results(*arguments)
     two = json.loads((tmp_path / "json").read_text())
