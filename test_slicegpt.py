@@ -2153,11 +2153,10 @@ def test_a_mixture_of_experts_that_was_trained_loses_little():
             intermediate_size=64, num_local_experts=4, max_position_embeddings=64))
         slicegpt.train(model, [tokens[torch.randint(len(tokens), (8,))] for _ in range(150)], 3e-3, "training")
     dense = perplexity(model, held_out)
-    block, shared, learned = (
-        perplexity(standard(slice_by(copy.deepcopy(model), way, tokens[:32], steps=10))[0], held_out)
-        for way in ("block", "shared", "learned"))
-    assert dense < 250 and dense < block < 1.3 * dense
-    assert dense < learned < shared < 1.3 * dense
+    assert dense < 250
+    for way in ("block", "shared", "learned"):
+        sliced, _ = standard(slice_by(copy.deepcopy(model), way, tokens[:32], steps=10))
+        assert dense < perplexity(sliced, held_out) < 1.2 * dense
 
 
 def smollm2(dtype):
