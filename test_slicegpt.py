@@ -1,30 +1,28 @@
 """The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
 
 Each test is one claim, which is its name. The oracle of outputs is Hugging Face's untouched model, kept in float64 by
-`Double`; that of matrices the fused model. In the paper's part, "the same" means a relative error below 1e-11, unless
-the test says why not. Eight families are drawn at random; of the 44 others, which differ in little but names, one
-network each.
+`double_precision`; that of matrices the fused model. In the paper's part, "the same" means a relative error below
+1e-11, unless the test says why not. Equations, matrix by matrix, are tested with many networks of each of eight
+families; what a network computes as a whole with those, and one network of each of the 44 other families.
 
     2.1, 3.1, 3.2, 3.3, 3.4, A.4     the paper: read these beside it, in its order
-    How the networks are made        what they call: random networks of every family, and their signals and matrices
+    How the networks are made        what these call: random networks of every family; their signals, readers, writers
     How programs are run             the helpers of all that follows: small models, files, processes
     4, Beyond the paper              texts, perplexity, fine-tuning; one rotation, standard models, tied heads
     What a sliced model can do       files, copies, generation, other programs
     What cannot be done is refused   with a reason, before anything has changed
     An accelerator; the command line; what goes wrong; several processes; larger than memory; real models; bench.py
 
-`python -m pytest test_slicegpt.py` takes 5 to 10 minutes. Once, 45 seconds more train the demo model, which is kept
-in the user's cache; what needs a package that is not installed is skipped.
+`python -m pytest test_slicegpt.py` takes two to three minutes. Once, 45 seconds more train the demo model, which is
+kept in the user's cache; what needs a package that is not installed is skipped.
 
     family          one of Hugging Face's model types, such as opt: a row of the table ARCHITECTURES in slicegpt.py
-    block           an attention or an FFN
     stage           a step X <- X + Z, by one block, or by both blocks of a layer in which they are parallel
     X (.., D)       a signal: what the embeddings give, and then what each stage leaves; the norms read it
-    D, d            its width in the network as it comes, and sliced; config.slicegpt["dimensions"] has that of each
-    N, V            tokens of a sequence, size of the vocabulary
+    D, d; N; V      its width in the network as it comes, and sliced; tokens of a sequence; size of the vocabulary
     one_width       a family, such as GPT-2, whose signals must all be as wide as each other
-    reader          a module whose matrix multiplies what a norm gives: W_in of a block, or the head
-    writer          a module whose matrix makes what is added to the signal: W_out of a block
+    reader, writer  a module whose matrix multiplies what a norm gives (W_in of a block, or the head), or makes what is
+                    added to the signal (W_out of a block)
     head            the last matrix, which gives the logits; it is sliced, or reads all D dimensions ("full")
     matrix(module)  its W as the paper has it: a reader has a row for each dimension of the signal, a writer a column
     Q (D, d), C     the columns of a rotation that are kept (d = D: all); X^T X, whose eigenvectors they are
@@ -34,11 +32,12 @@ import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
-OUTSIDE = os.environ.get("PYTHONPATH", "")
-os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{OUTSIDE}".rstrip(os.pathsep)  # processes that start here find slicegpt
+PROGRAM = str(HERE / "slicegpt.py")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # of new processes
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks on two threads wait for each other
 
 import copy
+import gc
 import gzip
 import importlib.util
 import io
@@ -46,17 +45,18 @@ import itertools
 import json
 import math
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -66,7 +66,9 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 import bench
@@ -87,23 +89,28 @@ transformers.logging.set_verbosity_error()
 def no_network_and_no_caches(tmp_path_factory):
     """Nothing is downloaded, and nothing of these tests stays in the user's folders (but for the demo model)."""
     folder = tmp_path_factory.mktemp("caches")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
+    gc.freeze()  # nothing that is imported is garbage, so it need not be searched for any again and again
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
         yield
 
 
 # ---- Seeds, and properties of every family --------------------------------------------------------------------------
 
 SEEDS = st.integers(0, 2**31)  # all random numbers come from seeds: drawn ones, or fixed ones in tests of one network
+# these families differ in where their parts are and in what they compute; the others from one of these in little but
+# names. So equations, matrix by matrix, are of these; and of all families is what a network computes as a whole
+STRUCTURES = ("opt", "gpt2", "llama", "gemma", "phi", "gpt_neox", "qwen2_moe", "deepseek_v3")
 
 
-def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double=True):
+def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double=True, guarded=False):
     """Makes test(model, *what the strategies draw) a property of random networks, a test for each family.
 
-    Families in STRUCTURES get so many examples. The others get one, which is the simplest: seed 0, and the first of
-    every list that is drawn from; so these lists begin with what tells most. double: computes in float64 throughout.
+    STRUCTURES get so many examples. The others get one, which is the simplest: seed 0, and the first of every list
+    that is drawn from; so these lists begin with what tells most. double: computes in float64 throughout. guarded:
+    with `check_row`, which runs each layer twice to refuse wrong rows; without it, the claims themselves must do that.
     """
     def decorate(test):
         @pytest.mark.parametrize("family", families)
@@ -111,7 +118,8 @@ def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double
             @settings(max_examples=examples if family in STRUCTURES else 1)
             @given(st.tuples(networks(family), *strategies))
             def holds(drawn):
-                with Double() if double else nullcontext():
+                with (double_precision() if double else nullcontext(),
+                      nullcontext() if guarded else patch("slicegpt.check_row")):
                     test(*drawn)
 
             holds()
@@ -119,6 +127,7 @@ def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double
     return decorate
 
 
+every_structure = partial(every_family, families=STRUCTURES)
 a_few = partial(every_family, examples=2)
 
 
@@ -220,28 +229,14 @@ def rotate_by_one(model, deleted: int, seed: int):
     return before, Q
 
 
-@every_family(DELETED, SEEDS)
-def test_equations_3_and_9_every_embedding_is_multiplied_by_Q(model, deleted, seed):
+@every_structure(DELETED, SEEDS)
+def test_equations_3_5_and_9_every_matrix_that_writes_to_the_signal_is_multiplied_by_Q(model, deleted, seed):
     before, Q = rotate_by_one(model, deleted, seed)
-    for new, old in zip(embeddings(model), embeddings(before), strict=True):
+    for new, old in zip(embeddings(model) + writers(model), embeddings(before) + writers(before), strict=True):
         assert_same(matrix(new), matrix(old) @ Q)
 
 
-@every_family(DELETED, SEEDS)
-def test_equations_4_7_and_9_every_matrix_that_reads_the_signal_is_multiplied_by_Q_transposed(model, deleted, seed):
-    before, Q = rotate_by_one(model, deleted, seed)
-    for new, old in zip(readers(model), readers(before), strict=True):
-        assert_same(matrix(new), Q.T @ matrix(old))
-
-
-@every_family(DELETED, SEEDS)
-def test_equations_5_and_9_every_matrix_that_writes_to_the_signal_is_multiplied_by_Q(model, deleted, seed):
-    before, Q = rotate_by_one(model, deleted, seed)
-    for new, old in zip(writers(model), writers(before), strict=True):
-        assert_same(matrix(new), matrix(old) @ Q)
-
-
-@every_family(DELETED, SEEDS)
+@every_structure(DELETED, SEEDS)
 def test_equations_6_and_9_every_bias_that_is_written_to_the_signal_is_rotated(model, deleted, seed):
     before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(writers(model), writers(before), strict=True):
@@ -249,25 +244,21 @@ def test_equations_6_and_9_every_bias_that_is_written_to_the_signal_is_rotated(m
             assert_same(new.bias, Q.T @ old.bias)
 
 
-@every_family(DELETED, SEEDS)
-def test_theorem_1_leaves_b_in_and_b_head_as_they_are(model, deleted, seed):
-    before, _ = rotate_by_one(model, deleted, seed)
+@every_structure(DELETED, SEEDS)
+def test_equations_4_7_and_9_every_matrix_that_reads_the_signal_is_multiplied_by_Q_transposed(model, deleted, seed):
+    """And b_in and b_head stay as they are."""
+    before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(readers(model), readers(before), strict=True):
-        assert (bias(new) is None) == (bias(old) is None)
-        assert bias(old) is None or torch.equal(new.bias, old.bias)
+        assert_same(matrix(new), Q.T @ matrix(old))
+        assert bias(new) is bias(old) is None or torch.equal(new.bias, old.bias)
 
 
 @every_family(BATCHES, SEEDS)
-def test_theorem_1_one_rotation_changes_nothing(model, batch, seed):
+def test_theorem_1_one_rotation_changes_nothing_and_needs_no_shortcuts(model, batch, seed):
     expected = logits(model, batch)
     rotate(model, random_rotation(model.config.hidden_size, seed))  # which fuses it first
-    assert_same(logits(model, batch), expected)
-
-
-@every_family(DELETED, SEEDS)
-def test_theorem_1_needs_no_shortcuts(model, deleted, seed):
-    rotate_by_one(model, deleted, seed)
     assert all(stage.shortcut is None for stage in stages(model))
+    assert_same(logits(model, batch), expected)
 
 
 # ---- 3.2 LayerNorm to RMSNorm ---------------------------------------------------------------------------------------
@@ -282,40 +273,32 @@ def alpha_and_beta(norm, D: int):
     return (above - below) / 2 * signs, (above + below) / 2
 
 
-@every_family(BATCHES)
+@every_family(BATCHES, guarded=True)
 def test_figure_3_fusion_changes_nothing(model, batch):
     expected = logits(model, batch)
     fuse(model)
     assert_same(logits(model, batch), expected)
 
 
-@every_family()
+@every_structure()
 def test_figure_3_all_norms_become_rmsnorms_without_scale(model):
     fuse(model)
     for norm, _ in norms_and_readers(model):
         assert isinstance(norm, RMSNorm) and not list(norm.parameters())
 
 
-@every_family()
-def test_figure_3_alpha_moves_into_the_matrices_that_read_the_norm(model):
+@every_structure()
+def test_figure_3_alpha_moves_into_the_matrices_and_beta_into_the_biases_that_read_the_norm(model):
     before = copy.deepcopy(model)
     fuse(model)
     for (norm, old), (_, new) in zip(norms_and_readers(before), norms_and_readers(model), strict=True):
-        alpha, _ = alpha_and_beta(norm, model.config.hidden_size)
+        alpha, beta = alpha_and_beta(norm, model.config.hidden_size)
         assert_same(matrix(new), alpha.diag() @ matrix(old))
-
-
-@every_family()
-def test_figure_3_beta_moves_into_the_biases_of_what_reads_the_norm(model):
-    before = copy.deepcopy(model)
-    fuse(model)
-    for (norm, old), (_, new) in zip(norms_and_readers(before), norms_and_readers(model), strict=True):
-        _, beta = alpha_and_beta(norm, model.config.hidden_size)
         if beta.norm() > 0:
             assert_same(new.bias, beta @ matrix(old) + (0 if bias(old) is None else old.bias))
 
 
-@every_family(SEEDS)
+@every_structure(SEEDS)
 def test_figure_3_M_moves_into_the_matrices_and_biases_that_write_the_signal(model, seed):
     """So every signal has mean 0. Where the norms subtract no mean, nothing does: M is the identity here."""
     D, norm = model.config.hidden_size, last_norm(model)  # all norms of a model are of one kind
@@ -328,7 +311,7 @@ def test_figure_3_M_moves_into_the_matrices_and_biases_that_write_the_signal(mod
         assert bias(old) is None or torch.allclose(new.bias, old.bias @ M, rtol=0, atol=1e-12)
 
 
-@every_family()
+@every_structure()
 def test_fusion_gives_a_tied_head_a_matrix_of_its_own(model):
     fuse(model)
     assert model.get_output_embeddings().weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
@@ -352,7 +335,7 @@ def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
     assert_same(logits(model, batch), expected)
 
 
-@every_family(SEEDS)
+@every_structure(SEEDS)
 def test_figure_4_rotates_each_signal_by_its_own_matrix(model, seed):
     tokens = random_tokens(2, 9, seed)
     fuse(model)
@@ -362,29 +345,21 @@ def test_figure_4_rotates_each_signal_by_its_own_matrix(model, seed):
         assert_same(found, X @ Q)
 
 
-@every_family(DELETED, SEEDS)
-def test_figure_4_and_equation_9_a_shortcut_is_Q_in_transposed_times_Q_out(model, deleted, seed):
-    fuse(model)
-    Qs = rotations(model, seed, deleted)
-    rotate(model, Qs)
-    for stage, Q_in, Q_out in zip(stages(model), Qs[:-1], Qs[1:], strict=True):
-        assert_same(stage.shortcut, Q_in.T @ Q_out)
-
-
-@every_family(DELETED, SEEDS)
-def test_figure_4_and_equation_9_a_stage_reads_in_the_basis_before_it_and_writes_in_that_behind_it(
+@every_structure(DELETED, SEEDS)
+def test_figure_4_and_equation_9_a_stage_reads_in_one_basis_and_writes_in_the_next_to_which_its_shortcut_leads(
         model, deleted, seed):
     fuse(model)
     before, Qs = copy.deepcopy(model), rotations(model, seed, deleted)
     rotate(model, Qs)
     for new, old, Q_in, Q_out in zip(stages(model), stages(before), Qs[:-1], Qs[1:], strict=True):
+        assert_same(new.shortcut, Q_in.T @ Q_out)
         for new_reader, old_reader in zip(new.readers, old.readers, strict=True):
             assert_same(matrix(new_reader), Q_in.T @ matrix(old_reader))
         for new_writer, old_writer in zip(new.writers, old.writers, strict=True):
             assert_same(matrix(new_writer), matrix(old_writer) @ Q_out)
 
 
-@every_family(SEEDS, families=("opt", "gpt2", "llama", "gemma", "phi", "gpt_neox"))
+@every_family(SEEDS, families=STRUCTURES[:6])  # of the others, what a mixture's experts write is chosen and weighted
 def test_algorithm_1_line_5_a_stage_takes_the_signal_X_to_X_S_plus_Z(model, seed):
     fuse(model)
     rotate(model, rotations(model, seed, deleted=2))
@@ -415,7 +390,7 @@ def test_equation_8_q_diagonalises_the_covariance_by_decreasing_eigenvalue(D, se
     assert (eigenvalues.diff() <= 0).all()
 
 
-@every_family(st.sampled_from([0.25, 0.5]), SEEDS)
+@every_structure(st.sampled_from([0.25, 0.5]), SEEDS)
 def test_equation_8_makes_every_sliced_signal_uncorrelated_and_ordered_by_variance(model, sparsity, seed):
     """On the calibration tokens. It fails if a layer is calibrated without its own mask, such as a sliding window.
 
@@ -538,7 +513,7 @@ def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, 
     assert_same(logits(model, batch), expected, 1e-7)
 
 
-@every_family(BATCHES, SEEDS)
+@every_structure(BATCHES, SEEDS)
 def test_figure_4_a_sliced_network_can_be_rotated_further(model, batch, seed):
     """Hence the authors' last random rotation, inside the dimensions that are kept, has no effect."""
     slice_model(model, random_tokens(8, 12, seed), 0.5, round_to=2)
@@ -548,7 +523,7 @@ def test_figure_4_a_sliced_network_can_be_rotated_further(model, batch, seed):
     assert_same(logits(model, batch), expected)
 
 
-@every_family(st.sampled_from([0.25, 0, 0.5]), st.sampled_from(["sliced", "full"]), SEEDS)
+@every_family(st.sampled_from([0.25, 0, 0.5]), st.sampled_from(["full", "sliced"]), SEEDS)
 def test_slicing_leaves_d_dimensions_of_every_signal_and_all_D_in_front_of_a_full_head(model, sparsity, head, seed):
     """And so d columns of what writes it, and d rows of what reads it. (A sparsity of 0: full and sliced are one.)"""
     D = model.config.hidden_size
@@ -639,8 +614,6 @@ OF_FAMILY = {  # besides, or instead
     "deepseek_v3": LATENT_ATTENTION, "glm4_moe_lite": LATENT_ATTENTION,
     "granitemoe": GRANITE,
     "minicpm3": LATENT_ATTENTION, "gemma2": {"attn_implementation": "eager"}}  # which are there only to be refused
-# these differ in where their parts are and in what they compute; the others from one of these in little but names
-STRUCTURES = ("opt", "gpt2", "llama", "gemma", "phi", "gpt_neox", "qwen2_moe", "deepseek_v3")
 
 
 def config_of(family: str, **options):
@@ -656,9 +629,10 @@ def config_of(family: str, **options):
 def network(family: str, seed: int, **options):
     """A float64 model with random weights, whose norms have scales far from 1 and biases far from 0."""
     config = config_of(family, **options)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), no_init_weights():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+        model.tie_weights()
         for W in model.parameters():
             W.data = (1.0 if W.dim() == 1 else 2 * W.shape[-1] ** -0.5) * torch.randn_like(W, dtype=torch.float64)
         for name, buffer in model.named_buffers():
@@ -679,7 +653,7 @@ def networks(family: str):
 def logits(model, batch):
     """Of all tokens (n, V) but the padding."""
     tokens, mask = batch
-    with Double():
+    with double_precision():
         return model(tokens, attention_mask=mask).logits[mask.bool()]
 
 
@@ -689,7 +663,7 @@ def signals(model, tokens):
     norms = [stage.layer.get_submodule(stage.blocks[0].norm) for stage in stages(model)] + [last_norm(model)]
     read, note = [], lambda _, inputs: read.append(inputs[0].flatten(0, -2))
     handles = [norm.register_forward_pre_hook(note) for norm in norms]
-    with Double():
+    with double_precision():
         model(tokens)
     for handle in handles:
         handle.remove()
@@ -724,29 +698,40 @@ def norms_and_readers(model):
     yield last_norm(model), model.get_output_embeddings()
 
 
-class Double(torch.overrides.TorchFunctionMode):
-    """Hugging Face's norms and softmaxes compute in float32; inside this mode what is float64 stays float64."""
+@contextmanager
+def double_precision():
+    """Hugging Face's norms and softmaxes compute in float32; inside this, what is float64 stays float64."""
+    def kept(name, function):
+        def call(X, *args, **kwargs):
+            narrow = name == "float" or any(argument is torch.float32 for argument in (*args, *kwargs.values()))
+            return X if narrow and X.dtype == torch.float64 else function(X, *args, **kwargs)
+        return call
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if not (args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64):
-            return function(*args, **kwargs)
-        if function is torch.Tensor.float or (function in (torch.Tensor.to, torch.Tensor.type) and
-                                              torch.float32 in (*args[1:], kwargs.get("dtype"))):
-            return args[0]
-        if function is nn.functional.softmax:
-            kwargs["dtype"] = None
-        if function is nn.functional.linear:  # of weights that are kept in float32, such as a router's
-            args = args[0], *(W if W is None else W.double() for W in args[1:])
-        if function is torch._grouped_mm:  # of loaded experts; torch has none in float64
-            ends = kwargs["offs"].tolist()
-            return torch.cat([args[0][start:end] @ W for start, end, W in zip([0, *ends], ends, args[1])])
-        return function(*args, **kwargs)
+    def softmax(X, *args, dtype=None, **kwargs):
+        return softmax_of_torch(X, *args, dtype=None if X.dtype == torch.float64 else dtype, **kwargs)
+
+    def linear(X, *weights):  # some of which are kept in float32, such as a router's
+        return linear_of_torch(X, *(W if W is None else W.to(X.dtype) for W in weights))
+
+    def grouped_mm(X, weights, offs, **kwargs):  # of loaded experts; torch has none in float64
+        ends = offs.tolist()
+        return torch.cat([X[start:end] @ W for start, end, W in zip([0, *ends], ends, weights)])
+
+    softmax_of_torch, linear_of_torch = nn.functional.softmax, nn.functional.linear
+    with ExitStack() as patches:
+        for name in ("float", "to", "type"):
+            patches.enter_context(patch.object(torch.Tensor, name, kept(name, getattr(torch.Tensor, name))))
+        for owner, function in ((nn.functional, softmax), (nn.functional, linear), (torch, grouped_mm)):
+            name = "_grouped_mm" if owner is torch else function.__name__
+            patches.enter_context(patch.object(owner, name, function))
+        yield
 
 
 # ---- How programs are run: small models, files and processes --------------------------------------------------------
+#
+# Programs, and Hugging Face's norms, compute in float32: hence relative errors of 1e-6 and more in what follows.
 
-BATCH = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+BATCH = padded(random_tokens(2, 9), 0)
 WAYS = ("block", "shared", "tied", "by variance", "full", "shared and tied")  # see `slice_by`
 # of these, transformers keeps something in float32 as it loads them, such as routers
 KEEPS_FLOAT32 = ("gptj", "codegen", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3",
@@ -766,10 +751,10 @@ def tiny_network(family: str = "llama", seed: int = 0, **options):
     return network(family, seed, **{"tie_word_embeddings": False} | options)
 
 
-def sliced_network(family: str = "llama", **options):
-    """Half as wide as `tiny_network`, with shortcuts."""
-    with Double():
-        return slice_model(tiny_network(family, **options), random_tokens(8, 12), 0.5, round_to=2)
+def sliced_network(family: str = "llama", way: str = "block", **options):
+    """Half as wide as `tiny_network`, by default with shortcuts."""
+    with double_precision():
+        return slice_by(tiny_network(family, **options), way, random_tokens(8, 12))
 
 
 def mild(model):
@@ -782,7 +767,7 @@ def mild(model):
 def slice_by(model, way: str, tokens, device=None, batch_size: int = 8, steps: int = 2):
     """Slices a model to half its width, in place, and returns it: in one of WAYS, or by a "learned" rotation.
 
-    A GPT-2 or a mixture, whose signals have one width, is sliced by "block" instead of "by variance" or "full".
+    For a model whose signals must have one width, "by variance" and "full" mean "block".
     """
     where = {"batch_size": batch_size, "device": device}
     if way in ("shared", "shared and tied", "learned"):
@@ -791,9 +776,9 @@ def slice_by(model, way: str, tokens, device=None, batch_size: int = 8, steps: i
             Q = learn_rotation(model.to(device or model.device), tokens, Q, steps, batch_size=3)
         rotate(model, Q, device)
     else:
-        way = "block" if architecture(model.config).one_width and way in ("by variance", "full") else way
-        slice_model(model, tokens, 0.5, round_to=2, head="full" if way == "full" else "sliced",
-                    discard_variance=0.1 if way == "by variance" else None, **where)
+        free = not architecture(model.config).one_width
+        slice_model(model, tokens, 0.5, round_to=2, head="full" if free and way == "full" else "sliced",
+                    discard_variance=0.1 if free and way == "by variance" else None, **where)
     if way in ("tied", "shared and tied"):
         tie_head(model, tokens)
     return model
@@ -828,6 +813,28 @@ def in_a_process(function, *arguments) -> int:
     return process.exitcode
 
 
+def run_alone(folder, program: str, arguments, events, encoding):
+    """For `alone`: a file or module as it is started from a shell; its output goes to the files out and err."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), stream.fileno())
+        stream.reconfigure(encoding=encoding)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell switches off in the background
+    for event in events:
+        interrupt(*event)
+    sys.argv = [program, *map(str, arguments)]
+    (runpy.run_path if program.endswith(".py") else runpy.run_module)(program, run_name="__main__")
+
+
+def alone(program: str, *arguments, events=(), encoding="utf-8"):
+    """(exit code, standard output, standard error) of a program in a process of its own.
+
+    events: arguments of `interrupt`, which is called with each of them. encoding: the console's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        code = in_a_process(run_alone, Path(folder), program, arguments, events, encoding)
+        return code, *(Path(folder, name).read_text() for name in ("out", "err"))
+
+
 def interrupt(owner, name: str, number: int, event, replace=setattr):
     """At a function's call of this number, an error is raised, or a signal sent to this process, before it runs."""
     function, calls = getattr(owner, name), itertools.count(1)
@@ -843,6 +850,12 @@ def interrupt(owner, name: str, number: int, event, replace=setattr):
     replace(owner, name, call)
 
 
+def change_json(file, **values):
+    """Sets these values; those that are None go."""
+    values = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A directory with saved models and texts, good ones and bad ones."""
@@ -852,20 +865,17 @@ def tiny(tmp_path_factory):
     checkpoint(tiny_network(tie_word_embeddings=True).float(), path / "tied")
     checkpoint(tiny_network(vocab_size=9).float(), path / "few")
     tiny_network("opt").float().save_pretrained(path / "mute")
-    for name in ("sliced", "more"):
+    for name in ("sliced", "more", "quantised"):
         save(sliced_network().float(), tiny_tokenizer(), path / name)
-    shutil.copytree(path / "sliced", path / "quantised")
-    config = json.loads((path / "quantised" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (path / "quantised" / "config.json").write_text(json.dumps(config))
-    (path / "adapters" / "adapter_config.json").write_text("{}")
-    (path / "bin" / "model.safetensors").rename(path / "bin" / "pytorch_model.bin")
-    (path / "cut" / "model.safetensors").write_bytes((path / "model" / "model.safetensors").read_bytes()[:-100])
-    weights = load_file(path / "less" / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, path / "less" / "model.safetensors", {"format": "pt"})
-    weights = load_file(path / "more" / "model.safetensors") | {"other.weight": torch.zeros(1)}
-    save_file(weights, path / "more" / "model.safetensors", {"format": "pt"})
+    change_json(path / "quantised/config.json",
+                quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    (path / "adapters/adapter_config.json").write_text("{}")
+    (path / "bin/model.safetensors").rename(path / "bin/pytorch_model.bin")
+    (path / "cut/model.safetensors").write_bytes((path / "model/model.safetensors").read_bytes()[:-100])
+    for name, change in (("less", lambda weights: weights.pop("model.norm.weight")),
+                         ("more", lambda weights: weights.update({"other.weight": torch.zeros(1)}))):
+        change(weights := load_file(path / name / "model.safetensors"))
+        save_file(weights, path / name / "model.safetensors", {"format": "pt"})
     (path / "some.gguf").write_text("")
     (path / "text").write_text("the quick brown fox jumps over the lazy dog and reads a book about slicing" * 40)
     (path / "short").write_text("too short")
@@ -906,19 +916,15 @@ def results(*arguments, program=main, flag="--report"):
 # ---- 4 Experiments: texts, perplexity, recovery fine-tuning ---------------------------------------------------------
 
 def test_perplexity_is_that_of_the_definition():
-    model, tokens = tiny_network("gpt2"), random_tokens(5, 9)
+    """Whatever the batches are; without dropout; and infinite where it is too large for a float."""
+    model, tokens = tiny_network("opt", dropout=0.5), random_tokens(5, 9)
     with torch.no_grad():
         logs = torch.stack([model(row[None]).logits[0, :-1].log_softmax(-1)[range(8), row[1:]] for row in tokens])
     for batch_size in (None, 1, 2, 5):
-        assert math.isclose(perplexity(model, tokens, batch_size), math.exp(-logs.mean()), rel_tol=1e-12)
+        assert math.isclose(perplexity(model.train(), tokens, batch_size), math.exp(-logs.mean()), rel_tol=1e-12)
+        assert not model.training
     model.lm_head.weight.data *= 1e6
-    assert perplexity(model, tokens) == math.inf  # it is too large for a float
-
-
-def test_perplexity_is_measured_without_dropout_and_leaves_the_model_in_eval_mode():
-    model, tokens = tiny_network("opt", dropout=0.5), random_tokens(5, 9)
-    expected = perplexity(model, tokens)
-    assert perplexity(model.train(), tokens) == expected and not model.training
+    assert perplexity(model, tokens) == math.inf
 
 
 def test_a_text_becomes_sequences_the_first_or_random_ones_under_a_seed():
@@ -955,20 +961,20 @@ def test_of_a_data_set_without_a_test_split_a_part_is_kept_for_evaluation_always
     data_set = importlib.import_module("datasets").Dataset.from_dict({"text": sorted(texts)})
     data_set.to_parquet(tmp_path / "set/train.parquet")
     monkeypatch.setitem(slicegpt.HUB_TEXTS, "alpaca", (str(tmp_path / "set"), None))
-    calibration, evaluation = (read_text("alpaca", kept).split("\n\n") for kept in (False, True))
+    (calibration, evaluation), again = ([read_text("alpaca", kept) for kept in (False, True)] for _ in range(2))
+    assert again == [calibration, evaluation]
+    calibration, evaluation = calibration.split("\n\n"), evaluation.split("\n\n")
     assert (len(calibration), len(evaluation)) == (80, 10) and calibration != sorted(calibration)
     assert {*calibration} < texts and {*evaluation} < texts - {*calibration}
-    assert calibration == read_text("alpaca", False).split("\n\n")
-    assert evaluation == read_text("alpaca", True).split("\n\n")
 
 
 @a_few(st.sampled_from(["shared", "learned", *WAYS]),
-       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False)
-def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved_as_it_is(model, way, dtype, seed):
+       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False, guarded=True)
+def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64(model, way, dtype, seed):
     """(0.2: what slicing leaves in bfloat16 of a random network; errors of float32 are some 1e-5.)"""
-    tokens = random_tokens(32, 16, seed)
+    tokens = random_tokens(16, 12, seed)
     mild(model)
-    with Double():
+    with double_precision():
         expected = logits(standard(slice_by(copy.deepcopy(model), way, tokens))[0], BATCH)
     found, _ = standard(slice_by(model.to(dtype), way, tokens))
     found.config._experts_implementation = "eager"  # torch's grouped products want rows of 16 bytes
@@ -976,9 +982,6 @@ def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64_and_is_saved
     dtypes = {W.dtype for W in found.parameters()}
     assert dtypes == {dtype} or keeps_float32 and dtypes == {dtype, torch.float32}
     assert_same(found(BATCH[0]).logits.flatten(0, 1).double(), expected, 1e-3 if dtype == torch.float32 else 0.2)
-    with tempfile.TemporaryDirectory() as folder:
-        save(found, tiny_tokenizer(), f"{folder}/model")
-        assert keeps_float32 or same_weights(load(f"{folder}/model")[0], found.state_dict())
 
 
 def test_a_models_own_text_is_drawn_from_what_it_predicts_after_the_beginning():
@@ -1031,29 +1034,28 @@ def test_a_models_own_text_begins_with_the_token_that_separates_texts_or_begins_
 
 @needs("peft")
 @a_few(st.sampled_from(WAYS), st.sampled_from([torch.float32, torch.bfloat16]), SEEDS, double=False)
-def test_finetuning_recovers_and_leaves_an_ordinary_sliced_model(model, way, dtype, seed):
+def test_finetuning_lowers_the_loss_on_its_text_and_leaves_a_model_of_the_same_kind(model, way, dtype, seed):
+    def kind(model):
+        return (type(model), model.config.to_dict(), [(W.shape, W.dtype) for W in model.state_dict().values()],
+                [W.requires_grad for W in model.parameters()], torch.get_rng_state().tolist())
+
     tokens = random_tokens(4, 12, seed).repeat(16, 1)  # what can be learned by heart
     mild(model).get_output_embeddings().weight.data *= 4
     model, _ = standard(slice_by(model, way, tokens).to(dtype))
     model.config._experts_implementation = "eager"  # torch's grouped products want rows of 16 bytes
     next(model.parameters()).requires_grad_(False)  # it stays frozen
-    before, config, state = copy.deepcopy(model), model.config.to_dict(), torch.get_rng_state()
+    before, kind_before = copy.deepcopy(model), kind(model)
     finetune(model, tokens, learning_rate=3e-3)
     assert perplexity(model, tokens[:4]) < perplexity(before, tokens[:4])
-    assert type(model) is type(before) and model.config.to_dict() == config and not model.training
-    weights, old_weights = model.state_dict(), before.state_dict()
-    kinds = [(name, W.shape, W.dtype) for name, W in weights.items()]
-    assert kinds == [(name, W.shape, W.dtype) for name, W in old_weights.items()]
-    assert [W.requires_grad for W in model.parameters()] == [W.requires_grad for W in before.parameters()]
-    changed = {name.split(".")[-2] for name in weights if not torch.equal(weights[name], old_weights[name])}
+    assert kind(model) == kind_before and not model.training
+    changed = {name.split(".")[-2] for name, W in before.state_dict().items() if not W.equal(model.state_dict()[name])}
     inside = " ".join(block.W_in for stage in stages(model) for block in stage.blocks).split()
     assert changed and changed <= {path.rpartition(".")[2] for path in inside} | {"fc2"}  # peft's default for Phi
-    assert torch.equal(state, torch.get_rng_state())
 
 
 # ---- Beyond the paper: one rotation, learned too; standard models; tied heads ---------------------------------------
 
-@a_few(SEEDS)
+@every_structure(SEEDS, examples=3)
 def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model, seed):
     """With 0.3 times as much weight on what is written. (1e-9: covariances square what is small.)"""
     tokens = random_tokens(8, 12, seed)
@@ -1068,7 +1070,7 @@ def test_the_shared_rotation_is_of_what_the_dense_network_reads_and_writes(model
     assert (rotated.diag().diff() <= 1e-9).all()
 
 
-@a_few(BATCHES, SEEDS)
+@every_structure(BATCHES, SEEDS, examples=3)
 def test_a_projected_network_is_the_sliced_one(model, batch, seed):
     """And leaving it, the network is what it was. (1e-13: BLAS minds how the memory is aligned.)"""
     fuse(model)
@@ -1084,14 +1086,14 @@ def test_a_projected_network_is_the_sliced_one(model, batch, seed):
 
 def cost(model, Q, tokens):
     """Cross entropy of the projected network with what is expected: 4/5 the dense network's, 1/5 the next token."""
-    with Double():
+    with double_precision():
         expected = 0.8 * model(tokens).logits.detach().softmax(-1)
         expected[:, :-1] += 0.2 * nn.functional.one_hot(tokens[:, 1:], expected.shape[-1])
         with projected(model, Q):
             return -(expected * model(tokens).logits.log_softmax(-1)).sum(-1).mean()
 
 
-@a_few(SEEDS)
+@every_structure(SEEDS, examples=2)
 def test_a_learned_rotation_costs_the_output_less_and_nothing_else_changes(model, seed):
     """(1e-12: Q is made orthonormal once more, in float64.)"""
     tokens, d = random_tokens(8, 12, seed), model.config.hidden_size // 2
@@ -1120,6 +1122,11 @@ def test_learning_the_rotation_of_an_unsliced_network_changes_nothing(model, bat
 
 # families with LayerNorms whose standard class cannot be given a signal of mean 0
 NEVER_STANDARD = ("opt", "gpt2", "biogpt", "gptj", "codegen", "gpt_neox", "persimmon", "stablelm")
+
+
+# those to whose standard models something special happens are in here
+OF_STANDARD_KINDS = dict.fromkeys([*STRUCTURES, "phi3", *(
+    family for family, parts in ARCHITECTURES.items() if parts.mean_free)])
 
 
 def reason_for_no_standard_model(config, d: int) -> str:
@@ -1165,18 +1172,13 @@ def test_a_network_sliced_by_one_rotation_becomes_a_standard_one_or_stays_what_i
     assert not hasattr(loaded.config, "slicegpt") and not hasattr(loaded.config, "auto_map")
 
 
-@a_few(BATCHES, families=[family for family in ARCHITECTURES if family not in NEVER_STANDARD])
+@a_few(BATCHES, families=[family for family in OF_STANDARD_KINDS if family not in NEVER_STANDARD])
 def test_a_network_that_is_only_fused_becomes_a_standard_one_of_its_own_width(model, batch):
     expected = logits(model, batch)
     fuse(model)
     stock, why = standard(model)
     assert not why and stock.config.hidden_size == model.config.hidden_size
     assert_same(logits(stock, batch), expected, 1e-6 if model.config.model_type in KEEPS_FLOAT32 else 1e-11)
-
-
-def test_a_network_with_shortcuts_is_no_standard_one():
-    model = sliced_network()
-    assert standard(model) == (model, "it has shortcuts")
 
 
 @pytest.mark.parametrize("family, d, options, kind", [
@@ -1191,7 +1193,7 @@ def test_a_standard_model_is_of_a_class_that_most_programs_run_if_it_can_be(fami
 
 
 @every_family(st.sampled_from([0.6, 0.2, 0.4, 0.75, 0.9, 1.2]), st.sampled_from([2, 1, 3]), st.booleans(),
-              st.sampled_from(["sliced", "full", "tied"]), examples=8)
+              st.sampled_from(["sliced", "full", "tied"]), examples=4, families=OF_STANDARD_KINDS)
 def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, shared, head):
     """It fits, and the next larger does not; as counted in a network that is really sliced."""
     D, config, dense = model.config.hidden_size, copy.deepcopy(model.config), parameters(model)
@@ -1219,13 +1221,7 @@ def test_the_dimension_for_a_share_of_the_parameters(model, share, round_to, sha
         assert d + round_to > D or size(d + round_to) > share * dense
 
 
-def test_a_share_that_cannot_be_reached_by_single_dimensions_is_refused():
-    """A Phi-2 that is sliced by one rotation becomes at least two wide, as `standard` adds a dimension."""
-    with pytest.raises(SliceGPTError, match="a share 0.01 of the parameters cannot be reached in multiples of 1: 0[.]"):
-        dimension_for(tiny_network("phi").config, 0.01, 1, "shared")
-
-
-@a_few(st.booleans(), SEEDS)
+@every_structure(st.booleans(), SEEDS, examples=3)
 def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, weighted, seed):
     """Each token of the vocabulary weighs 1 / V, and its share of the calibration tokens."""
     tokens = random_tokens(8, 12, seed)
@@ -1247,20 +1243,15 @@ def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, wei
 
 # ---- What a sliced model can do, in files and in memory -------------------------------------------------------------
 
-def test_slicing_is_deterministic_and_draws_no_random_numbers():
-    model, tokens, state = tiny_network("opt"), random_tokens(6, 12), torch.get_rng_state()
-    found, again = (slice_model(copy.deepcopy(model), tokens, 0.5) for _ in range(2))
-    assert same_weights(again, found.state_dict()) and torch.equal(state, torch.get_rng_state())
-
-
 @pytest.mark.parametrize("training, batch_size", [(True, 6), (False, 4)])
-def test_slicing_ignores_dropout_and_how_the_samples_are_batched(training, batch_size):
+def test_slicing_draws_no_random_numbers_and_ignores_dropout_and_how_the_samples_are_batched(training, batch_size):
     """(1e-8: sums in another order, and then eigenvectors of small eigenvalues, whose signs are free.)"""
     model, tokens = tiny_network("opt", dropout=0.5, attention_dropout=0.5), random_tokens(6, 12)
-    expected = slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
+    state, expected = torch.get_rng_state(), slice_model(copy.deepcopy(model), tokens, 0.5, batch_size=6).state_dict()
     found = slice_model(model.train(training), tokens, 0.5, batch_size=batch_size).state_dict()
     for name, W in expected.items():
         assert_same(found[name].abs(), W.abs(), 1e-8)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @a_few(SEEDS)
@@ -1289,39 +1280,29 @@ def test_a_sliced_model_and_its_layers_are_copied_and_pickled():
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
-def test_the_hidden_states_of_a_sliced_model_are_its_signals(family):
-    model, tokens = sliced_network(family), random_tokens(2, 9)
-    with torch.no_grad():
-        *in_front_of_layers, _ = model(tokens, output_hidden_states=True).hidden_states
-    stages_of_a_layer = len(stages(model)) // len(layers(model))
-    *in_front_of_stages, _ = signals(model, tokens)
-    for found, X in zip(in_front_of_layers, in_front_of_stages[::stages_of_a_layer], strict=True):
-        assert torch.equal(found.flatten(0, -2), X)
-
-
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
 def test_gradient_checkpointing_changes_no_gradient_of_a_sliced_model(family):
-    model, tokens, gradients = sliced_network(family).train(), random_tokens(2, 9), []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.zero_grad()
+    plain, tokens = sliced_network(family).train(), random_tokens(2, 9)
+    checkpointing = copy.deepcopy(plain)
+    checkpointing.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, checkpointing):
         model(tokens, labels=tokens).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(expected, found) for expected, found in zip(*gradients, strict=True))
+    for expected, found in zip(plain.parameters(), checkpointing.parameters(), strict=True):
+        assert torch.equal(expected.grad, found.grad)
 
 
 @a_few(st.sampled_from(WAYS), SEEDS)
 def test_a_model_sliced_in_files_equals_one_sliced_in_memory_and_is_loaded_bit_for_bit(model, way, seed):
     """(1e-8: sums in another order. 1e-6: transformers keeps something in float32 as it loads.)"""
-    def sliced(path):
-        return standard(slice_by(load(path)[0], way, random_tokens(6, 12, seed), batch_size=4))[0]
+    def sliced(model):
+        return standard(slice_by(model, way, random_tokens(6, 12, seed), batch_size=4))[0]
 
     keeps_float32 = model.config.model_type in KEEPS_FLOAT32
-    with tempfile.TemporaryDirectory() as folder:
-        expected = sliced(checkpoint(model, f"{folder}/dense", max_shard_size="3KB"))
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # for files so small, a disk is slow
+    with tempfile.TemporaryDirectory(dir=in_memory) as folder:
+        checkpoint(model, f"{folder}/dense", max_shard_size="3KB")
+        expected = sliced(model)
         with larger_than_memory(Path(folder)):
-            found = sliced(f"{folder}/dense")
+            found = sliced(load(f"{folder}/dense")[0])
             assert all(module.weight.untyped_storage().filename for module in readers(found)[:-1] + writers(found))
             save(found, tiny_tokenizer(), f"{folder}/a/sliced")
         assert os.listdir(f"{folder}/a") == ["sliced"]
@@ -1370,29 +1351,25 @@ def test_a_sliced_model_is_quantised_as_it_is_loaded(tmp_path):
     assert_same(logits(load(tmp_path / "quantised")[0], BATCH), logits(quantised, BATCH))
 
 
-@pytest.mark.parametrize("rotary", [{"rope_type": "default", "rope_theta": 5e5},
-                                    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
-                                     "original_max_position_embeddings": 16}])
-def test_what_older_programs_read_is_in_the_files(tmp_path, rotary):
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "default"}, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}])
+def test_what_older_programs_read_is_in_the_files(tmp_path, scaling):
     """transformers 4's names for rotary embeddings and tokenizers; and tokenizer's files that transformers 5 drops."""
+    rotary = scaling | {"rope_theta": 1e4}
     dense, sliced = checkpoint(tiny_network(rope_parameters=rotary), tmp_path / "dense"), tmp_path / "sliced"
-    of_tokenizer = json.loads((dense / "tokenizer_config.json").read_text())
-    of_tokenizer |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<unk>"]}
-    (dense / "tokenizer_config.json").write_text(json.dumps(of_tokenizer))
+    change_json(dense / "tokenizer_config.json", tokenizer_class="TokenizersBackend", extra_special_tokens=["<unk>"])
     for name in ("tokenizer.model", "merges.txt", "other.txt"):
         (dense / name).write_text(name)
     model, tokenizer = load(dense)
     rotate(model, random_rotation(16, 0)[:, :8])
     save(standard(model)[0], tokenizer, sliced)
-    config = json.loads((sliced / "config.json").read_text())
-    of_tokenizer = json.loads((sliced / "tokenizer_config.json").read_text())
-    scaling = {name: value for name, value in rotary.items() if name != "rope_theta"}
-    assert config["rope_theta"] == rotary["rope_theta"] and rotary.items() <= config["rope_parameters"].items()
-    assert config["rope_scaling"] == (None if rotary["rope_type"] == "default" else scaling)
+    config, of_tokenizer = (json.loads((sliced / name).read_text())
+                            for name in ("config.json", "tokenizer_config.json"))
+    assert config["rope_theta"] == 1e4 and rotary.items() <= config["rope_parameters"].items()
+    assert config["rope_scaling"] == (None if scaling == {"rope_type": "default"} else scaling)
     assert of_tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert of_tokenizer["additional_special_tokens"] == ["<unk>"] and "extra_special_tokens" not in of_tokenizer
-    files = set(os.listdir(sliced))
-    assert {"tokenizer.model", "merges.txt"} < files and "other.txt" not in files
+    assert {"tokenizer.model", "merges.txt"} < {*os.listdir(sliced)} and not (sliced / "other.txt").exists()
     assert load(sliced)[1].extra_special_tokens == ["<unk>"]
 
 
@@ -1440,25 +1417,26 @@ def test_models_saved_by_an_earlier_version_load(tmp_path, family, config, of_a_
     assert [found.norm().item(), found[0, 4, 7].item(), found[0, 8, 20].item()] == pytest.approx(expected, rel=1e-6)
 
 
-STRANGER = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-for source, again in (("sliced", "again"), ("again", "once more")):
-    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
-    assert "slicegpt" not in sys.modules and type(model).__name__ == "SlicedForCausalLM"
-    model.save_pretrained(again)
-    AutoTokenizer.from_pretrained(source).save_pretrained(again)
-tokens = torch.arange(3, 12)[None]
-torch.save((model(tokens).logits.detach(), model.generate(tokens, max_new_tokens=5, do_sample=False)), "found.pt")
-"""
+def use_without_this_project(folder, tokens):
+    """In a process of its own: as a program that has transformers, but can import nothing of this project."""
+    for name in ("slicegpt", "test_slicegpt", "bench"):
+        sys.modules.pop(name)
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != HERE]
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(folder / "modules")
+    for source, again in (("sliced", "again"), ("again", "once more")):
+        model = AutoModelForCausalLM.from_pretrained(folder / source, trust_remote_code=True)
+        assert not importlib.util.find_spec("slicegpt") and type(model).__name__ == "SlicedForCausalLM"
+        model.save_pretrained(folder / again)
+        transformers.AutoTokenizer.from_pretrained(folder / source).save_pretrained(folder / again)
+    found = model(tokens).logits.detach(), model.generate(tokens, max_new_tokens=5, do_sample=False)
+    torch.save(found, folder / "found.pt")
 
 
 def test_transformers_alone_loads_a_saved_model(tmp_path):
-    """In a process that cannot import this project; what it saves again loads again."""
+    """And what it saves again loads again."""
     model, tokens = sliced_network("opt"), torch.arange(3, 12)[None]
     save(model, tiny_tokenizer(), tmp_path / "sliced")
-    environment = os.environ | {"PYTHONPATH": OUTSIDE, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", STRANGER], check=True, cwd=tmp_path, env=environment)
+    assert in_a_process(use_without_this_project, tmp_path, tokens) == 0
     found_logits, found_tokens = torch.load(tmp_path / "found.pt")
     assert_same(found_logits, model(tokens).logits.detach())
     assert torch.equal(found_tokens, model.generate(tokens, max_new_tokens=5, do_sample=False))
@@ -1466,26 +1444,19 @@ def test_transformers_alone_loads_a_saved_model(tmp_path):
 
 
 @pytest.mark.parametrize("made", [tiny_network, sliced_network])
-def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, monkeypatch, made):
-    asked = set()
-
-    def noting(auto, from_pretrained, path, **options):
-        asked.add((auto, options.get("revision")))
-        return from_pretrained(path, **options)
-
-    autos = (transformers.AutoConfig, transformers.AutoTokenizer)
-    for auto in autos:
-        monkeypatch.setattr(auto, "from_pretrained", partial(noting, auto, auto.from_pretrained))
-    load(checkpoint(made(), tmp_path), revision="a")
-    assert asked == {(auto, "a") for auto in autos}
+def test_config_and_tokenizer_are_of_the_revision_that_was_asked_for(tmp_path, made):
+    autos = (AutoConfig, transformers.AutoTokenizer)
+    with ExitStack() as patches:
+        calls = [patches.enter_context(patch.object(auto, "from_pretrained", wraps=auto.from_pretrained))
+                 for auto in autos]
+        load(checkpoint(made(), tmp_path), revision="a")
+    assert all({call.kwargs.get("revision") for call in calls_of.call_args_list} == {"a"} for calls_of in calls)
 
 
 @needs("accelerate")
-@pytest.mark.parametrize("family, tied", [("llama", False), ("opt", True), ("phi", False)])
-def test_a_sliced_model_is_spread_over_memory_and_disk(tmp_path, family, tied):
-    model = sliced_network(family, num_hidden_layers=4)
-    if tied:
-        tie_head(model)
+@pytest.mark.parametrize("family, way", [("llama", "block"), ("opt", "tied"), ("phi", "block")])
+def test_a_sliced_model_is_spread_over_memory_and_disk(tmp_path, family, way):
+    model = sliced_network(family, way, num_hidden_layers=4)
     save(model, tiny_tokenizer(), tmp_path / "sliced")
     limit = sum(W.nbytes for W in model.parameters()) * 2 // 3
     spread, _ = load(tmp_path / "sliced", device_map="auto", max_memory={"cpu": limit})
@@ -1496,15 +1467,20 @@ def test_a_sliced_model_is_spread_over_memory_and_disk(tmp_path, family, tied):
     assert math.isclose(perplexity(spread, BATCH[0], device="cpu"), perplexity(model, BATCH[0]), rel_tol=1e-6)
 
 
-def die_in_saving(path):
-    tokenizer = tiny_tokenizer()
-    type(tokenizer).save_pretrained = lambda *_: os.kill(os.getpid(), 9)
-    save(sliced_network(), tokenizer, path)
+def die_in_saving(path, *event):
+    interrupt(*event)
+    save(sliced_network(), tiny_tokenizer(), path)
 
 
 def test_a_killed_save_leaves_no_model_under_its_name(tmp_path):
-    assert in_a_process(die_in_saving, tmp_path / "sliced") == -9 and not (tmp_path / "sliced").exists()
+    event = transformers.PreTrainedTokenizerFast, "save_pretrained", 1, signal.SIGKILL
+    assert in_a_process(die_in_saving, tmp_path / "sliced", *event) == -9 and not (tmp_path / "sliced").exists()
     save(sliced_network(), tiny_tokenizer(), tmp_path / "sliced")  # the remains are not in the way
+
+
+def test_a_save_that_is_killed_as_it_fills_an_empty_directory_leaves_nothing_that_could_be_loaded(tmp_path):
+    assert in_a_process(die_in_saving, tmp_path, Path, "replace", 3, signal.SIGKILL) == -9
+    assert len([file for file in tmp_path.iterdir() if file.is_file()]) == 2 and not (tmp_path / "config.json").exists()
 
 
 def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch, capsys):
@@ -1619,19 +1595,15 @@ def test_after_an_iterator_of_too_few_or_too_many_the_model_is_refused(number):
             use(model)
 
 
-@needs("accelerate")
-def test_a_model_whose_weights_are_elsewhere_is_refused():
-    model = tiny_network()
-    importlib.import_module("accelerate").cpu_offload(model)
-    with pytest.raises(SliceGPTError, match="some of its weights are elsewhere"):
-        slice_model(model, random_tokens(4, 8))
-
-
-@needs("torchao")
-def test_a_model_that_was_quantised_in_place_is_refused():
-    model, quantization = tiny_network().float(), importlib.import_module("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    with pytest.raises(SliceGPTError, match="its weights are quantised"):
+@pytest.mark.parametrize("package, change, message", [
+    pytest.param("accelerate", lambda accelerate, model: accelerate.cpu_offload(model),
+                 "some of its weights are elsewhere", marks=needs("accelerate")),
+    pytest.param("torchao.quantization", lambda ao, model: ao.quantize_(model, ao.Int8WeightOnlyConfig()),
+                 "its weights are quantised", marks=needs("torchao"))])
+def test_a_model_that_another_package_has_changed_in_place_is_refused(package, change, message):
+    model = tiny_network().float()
+    change(importlib.import_module(package), model)
+    with pytest.raises(SliceGPTError, match=message):
         slice_model(model, random_tokens(4, 8))
 
 
@@ -1642,43 +1614,55 @@ def test_weights_that_are_not_finite_are_named():
         fuse(model)
 
 
-def test_bad_arguments_are_refused_and_the_model_stays_dense():
-    model, gpt2, tied, adapted = tiny_network(), tiny_network("gpt2"), tiny_network(), tiny_network()
-    before, tokens = copy.deepcopy(model.state_dict()), random_tokens(4, 8)
-    tie_head(tied)
-    adapted.peft_config = {}  # peft's mark
-    classifier = transformers.AutoModelForSequenceClassification.from_config(model.config)
-    for refused, message in (
-            *((partial(slice_model, model, tokens, wrong), "at least 0 and below 1") for wrong in (-0.1, 1, math.nan)),
-            (partial(slice_model, model, tokens, 0.9), "leaves none"),
-            (partial(slice_model, model, tokens, head="tied"), "head is sliced or full, not input and tied"),
-            (partial(slice_model, model, tokens, discard_variance=1), "discard_variance must be at least 0 and below"),
-            (partial(slice_model, model, tokens, round_to=0), "round_to must be at least 1, not 0"),
-            (partial(slice_model, model, tokens, batch_size=0), "batch_size must be at least 1, not 0"),
-            (partial(slice_model, model, tokens, round_to=8.0), "round_to must be at least 1, not 8.0, and an integer"),
-            (partial(learn_rotation, model, tokens, torch.eye(15), 1), "Q must be a matrix with 16 rows"),
-            (partial(learn_rotation, model, tokens, torch.eye(16), 0), "steps must be at least 1, not 0"),
-            (partial(fuse, model.model), "a LlamaModel is not one of transformers' causal language models"),
-            (partial(slice_model, classifier, tokens), "a LlamaForSequenceClassification is not one of"),
-            (partial(fuse, transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, num_layers=1))),
-             "cannot slice a t5 model like this: it is an encoder-decoder"),
-            (partial(slice_model, torch.compile(model), tokens), "an? OptimizedModule is not one of"),
-            (partial(standard, model), "a dense model is a standard one"),
-            (partial(save, model, None, "x"), "save needs the model's tokenizer, too"),
-            (partial(slice_model, model, random_tokens(1, 33)), "longer than the model's 32 positions"),
-            (partial(slice_model, gpt2, tokens, head="full"), "a gpt2.* can have neither"),
-            (partial(slice_model, gpt2, tokens, discard_variance=0.1), "a gpt2.* can have neither"),
-            (partial(rotate, copy.deepcopy(gpt2), [torch.eye(16)[:, :8]] * 4 + [torch.eye(16)]), "can have neither"),
-            (partial(slice_model, sliced_network(), tokens), "sliced already"),
-            (partial(shared_rotation, sliced_network(), tokens), "sliced already"),
-            (partial(learn_rotation, sliced_network(), tokens, random_rotation(8, 0), 1), "sliced already"),
-            (partial(slice_model, tied, tokens), "sliced already"),
-            (partial(slice_model, adapted, tokens), "it has adapters: merge them into the model first"),
-            (partial(sliced_network().save_pretrained, "x", push_to_hub=True), "it would lack slicegpt.py on the hub"),
-            (partial(rotate, tied, random_rotation(16, 0)), "its head is tied to its embedding: rotate it before")):
-        with pytest.raises(SliceGPTError, match=message):
-            refused()
-    assert same_weights(model, before) and not isinstance(model, SlicedForCausalLM)
+TOKENS, I = random_tokens(4, 8), torch.eye(16)
+
+
+def adapted_network():
+    model = tiny_network()
+    model.peft_config = {}  # peft's mark
+    return model
+
+
+@pytest.mark.parametrize("made, refused, message", [
+    *((tiny_network, partial(slice_model, **{"calibration": TOKENS} | wrong), message) for wrong, message in (
+        ({"sparsity": -0.1}, "at least 0 and below 1"), ({"sparsity": math.nan}, "at least 0 and below 1"),
+        ({"sparsity": 1}, "at least 0 and below 1"), ({"sparsity": 0.9}, "leaves none"),
+        ({"head": "tied"}, "head is sliced or full, not input and tied"),
+        ({"discard_variance": 1}, "discard_variance must be at least 0 and below"),
+        ({"round_to": 0}, "round_to must be at least 1, not 0"),
+        ({"round_to": 8.0}, "round_to must be at least 1, not 8.0, and an integer"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"calibration": random_tokens(1, 33)}, "longer than the model's 32 positions"))),
+    (tiny_network, lambda model: learn_rotation(model, TOKENS, torch.eye(15), 1), "Q must be a matrix with 16 rows"),
+    (tiny_network, lambda model: learn_rotation(model, TOKENS, I, 0), "steps must be at least 1, not 0"),
+    (tiny_network, lambda model: fuse(model.model), "a LlamaModel is not one of transformers' causal language models"),
+    (tiny_network, lambda model: slice_model(torch.compile(model), TOKENS), "an? OptimizedModule is not one of"),
+    (tiny_network, lambda model: slice_model(
+        transformers.AutoModelForSequenceClassification.from_config(model.config), TOKENS),
+     "a LlamaForSequenceClassification is not one of"),
+    (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, num_layers=1)), fuse,
+     "cannot slice a t5 model like this: it is an encoder-decoder"),
+    (tiny_network, standard, "a dense model is a standard one"),
+    (tiny_network, lambda model: save(model, None, "x"), "save needs the model's tokenizer, too"),
+    (partial(tiny_network, "gpt2"), lambda model: slice_model(model, TOKENS, head="full"), "gpt2.* can have neither"),
+    (partial(tiny_network, "gpt2"), lambda model: slice_model(model, TOKENS, discard_variance=0.1),
+     "gpt2.* can have neither"),
+    (partial(tiny_network, "gpt2"), lambda model: rotate(copy.deepcopy(model), [I[:, :8]] * 4 + [I]),
+     "gpt2.* can have neither"),
+    (adapted_network, lambda model: slice_model(model, TOKENS), "it has adapters: merge them into the model first"),
+    (sliced_network, lambda model: slice_model(model, TOKENS), "sliced already"),
+    (sliced_network, lambda model: shared_rotation(model, TOKENS), "sliced already"),
+    (sliced_network, lambda model: learn_rotation(model, TOKENS, random_rotation(8, 0), 1), "sliced already"),
+    (sliced_network, lambda model: model.save_pretrained("x", push_to_hub=True), "would lack slicegpt.py on the hub"),
+    (tiny_network, lambda model: slice_model(tie_head(tied := copy.deepcopy(model)) or tied, TOKENS), "sliced already"),
+    (partial(sliced_network, way="tied"), lambda model: rotate(model, random_rotation(8, 0)),
+     "its head is tied to its embedding: rotate it before")])
+def test_bad_arguments_are_refused_and_the_model_stays_what_it_was(made, refused, message):
+    model = made()
+    kind, before = type(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(SliceGPTError, match=message):
+        refused(model)
+    assert same_weights(model, before) and type(model) is kind
 
 
 WRONG_TOKENS = {
@@ -1727,67 +1711,55 @@ def test_the_demo_model_is_trained_by_one_process(tmp_path, monkeypatch):
         load("demo")
 
 
-def test_an_old_transformers_is_named_as_the_file_is_imported():
-    program = "import transformers; transformers.__version__ = '4.57.1'; import slicegpt"
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert process.stderr.splitlines()[-1] == (
-        "ImportError: slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1")
+def test_an_old_transformers_is_named_as_the_file_is_imported(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(ImportError, match="^slicegpt.py needs transformers 5.24 or newer, and this is 4.57.1$"):
+        runpy.run_path(PROGRAM)
 
 
 # ---- An accelerator -------------------------------------------------------------------------------------------------
 
-DEVICE = """
-import contextlib, itertools, torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-import slicegpt
-from test_slicegpt import WAYS, AutoModelForCausalLM, config_of, slice_by
+def slice_on_a_gadget():
+    """Slices, in a process of its own, on a device that exists in Python only, whose tensors have no values."""
+    class Yes:
+        all = __bool__ = lambda self: True
 
-def apply(module, function, recurse=True):  # torch's own swaps tensors, which these cannot
-    for child in module.children():
-        apply(child, function)
-    for name, W in module._parameters.items():
-        module._parameters[name] = None if W is None else nn.Parameter(function(W.data))
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else function(buffer)
-    return module
+    def apply(module, function, recurse=True):  # torch's own swaps tensors, which these cannot
+        for child in module.children():
+            apply(child, function)
+        for name, W in module._parameters.items():
+            module._parameters[name] = None if W is None else nn.Parameter(function(W.data))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else function(buffer)
+        return module
 
-class Yes:
-    all = __bool__ = lambda self: True
-
-_setup_privateuseone_for_python_backend("gadget")
-torch.Tensor.backward, torch.Tensor.item = lambda loss: None, lambda X: 0.0  # autograd needs a real device
-nn.Module._apply, torch.Tensor.isfinite = apply, lambda X: Yes()
-slicegpt.check_tokens = slicegpt.check_row = lambda *_: None  # there are no values
-torch.autocast = lambda *_, **__: contextlib.nullcontext()
-torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
-slicegpt.dimension_by_variance = lambda eigenvalues, *_, **__: len(eigenvalues) // 2
-for family, home, way in itertools.product(("llama", "gpt2", "phi"), ("cpu", "gadget:0"), (*WAYS, "learned")):
-    with FakeTensorMode():
-        device, tokens = torch.device("gadget:0"), torch.zeros(8, 12, dtype=torch.int64)
-        model = slice_by(AutoModelForCausalLM.from_config(config_of(family)).to(home), way, tokens, device)
-        model.to(device)(tokens.to(device), use_cache=False)
-    assert {W.device for W in model.parameters()} == {device}
-    assert model.get_input_embeddings().embedding_dim == 8
-    print(family, home, way, flush=True)
-"""
+    importlib.import_module("torch.utils.backend_registration")._setup_privateuseone_for_python_backend("gadget")
+    torch.Tensor.backward, torch.Tensor.item = lambda loss: None, lambda X: 0.0  # autograd needs a real device
+    nn.Module._apply, torch.Tensor.isfinite = apply, lambda X: Yes()
+    slicegpt.check_tokens = slicegpt.check_row = lambda *_: None  # there are no values
+    torch.autocast = lambda *_, **__: nullcontext()
+    torch.bincount = lambda tokens, minlength: torch.ones(minlength, dtype=torch.int64)
+    slicegpt.dimension_by_variance = lambda eigenvalues, *_, **__: len(eigenvalues) // 2
+    models = ("llama", "cpu"), ("llama", "gadget:0"), ("gpt2", "cpu"), ("phi", "gadget:0")  # and where they begin
+    for (family, home), way in itertools.product(models, (*WAYS, "learned")):
+        with FakeTensorMode():
+            device, tokens = torch.device("gadget:0"), torch.zeros(8, 12, dtype=torch.int64)
+            model = AutoModelForCausalLM.from_config(config_of(family, num_hidden_layers=1)).to(home)
+            slice_by(model, way, tokens, device)
+            model.to(device)(tokens.to(device), use_cache=False)
+        assert {W.device for W in model.parameters()} == {device}, (family, home, way)
+        assert model.get_input_embeddings().embedding_dim == 8, (family, home, way)
 
 
-def test_on_an_accelerator_every_tensor_of_slicing_is_where_it_is_used():
-    """On a device that exists in Python only, whose tensors have no values: one that is elsewhere is an error."""
-    process = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
-    lines = 3 * 2 * (len(WAYS) + 1)  # a line for each family, home and way
-    assert process.stdout.count("\n") == lines, process.stderr[-3000:]  # it may crash as it ends
+def test_slicing_mixes_no_tensors_of_an_accelerator_with_those_of_the_cpu():
+    """As torch makes an error of that. Nothing else is checked of a device that has no values."""
+    assert in_a_process(slice_on_a_gadget) == 0
 
 
 def test_a_device_without_float64_is_refused(tiny, monkeypatch):
-    zeros = torch.zeros
-
-    def zeros_of_mps(*args, dtype=None, device=None, **kwargs):
+    def zeros_of_mps(*_, dtype, device):
         if device == "mps" and dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return zeros(*args, dtype=dtype, **kwargs)
 
     monkeypatch.setattr(torch, "zeros", zeros_of_mps)
     code, out, err = command(*on(tiny), "--device", "mps")
@@ -2014,9 +1986,7 @@ def test_a_model_that_has_become_too_large_for_its_type_is_saved_in_a_wider_one(
 
 def test_a_checkpoint_whose_config_names_no_type_keeps_its_type(tiny, tmp_path):
     checkpoint(tiny_network().half(), tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    del config["dtype"]
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    change_json(tmp_path / "model/config.json", dtype=None)
     results(*on(tiny, tmp_path / "model"), "--save", tmp_path / "new" / ".." / "sliced")  # a path by a detour
     assert load(tmp_path / "sliced")[0].dtype == torch.float16
 
@@ -2042,28 +2012,22 @@ def test_what_cannot_be_saved_is_found_out_before_the_work(tiny, tmp_path, monke
     assert (code, out) == (2, "") and err.endswith(message)  # no figures, not even of the dense model
 
 
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("measuring, saving, saved", [(1, 0, True), (0, 1, True), (0, 2, False), (1, 1, False)])
-def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced(
-        tiny, tmp_path, name, code, measuring, saving, saved):
-    """But a second one ends the program at once. They are sent while the sliced model is measured, or saved."""
-    program = f"""
-import runpy, signal, transformers
-from test_slicegpt import interrupt
-if {measuring}:
-    interrupt(transformers.GenerationMixin, "generate", 2, signal.{name})
-if {saving}:
-    interrupt(transformers.PreTrainedModel, "save_pretrained", 1, signal.{name})
-if {saving} == 2:
-    interrupt(transformers.PreTrainedTokenizerFast, "save_pretrained", 2, signal.{name})
-runpy.run_path({str(HERE / "slicegpt.py")!r}, run_name="__main__")
-"""
-    arguments = [*map(str, on(tiny)), "--save", str(tmp_path / "sliced")]
-    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-    assert process.returncode == code and "Traceback" not in process.stderr
-    assert "dense: " in process.stdout and ("sliced: " in process.stdout) == (not measuring)
+MEASURING = transformers.GenerationMixin, "generate", 2  # the sliced model
+SAVING = transformers.PreTrainedModel, "save_pretrained", 1
+STILL_SAVING = transformers.PreTrainedTokenizerFast, "save_pretrained", 2
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where, measured, saved", [
+    ([MEASURING], False, True), ([SAVING], True, True), ([SAVING, STILL_SAVING], True, False),
+    ([MEASURING, SAVING], False, False)])
+def test_a_signal_costs_neither_the_figures_nor_what_has_been_sliced_but_a_second_ends_the_program_at_once(
+        tiny, tmp_path, number, code, where, measured, saved):
+    events = [(*place, number) for place in where]
+    found, out, err = alone(PROGRAM, *on(tiny), "--save", tmp_path / "sliced", events=events)
+    assert found == code and "dense: " in out and ("sliced: " in out) == measured and "Traceback" not in err
+    assert ("the sliced model is not saved" in err) == (not saved)
     assert [file.name for file in tmp_path.iterdir()] == (["sliced"] if saved else [])
-    assert ("the sliced model is not saved" in process.stderr) == (not saved)
     if saved:
         load(tmp_path / "sliced")
 
@@ -2120,10 +2084,9 @@ def test_a_process_that_fails_at_its_end_says_so_in_its_exit_code_and_last_line(
     """And has printed the figures and saved the model."""
     shutil.copytree(tiny / "model", tmp_path / "mod\u00e8le")  # which this console cannot print
     arguments = [*on(tiny, tmp_path / "mod\u00e8le"), "--save", tmp_path / "sliced", "--report", "/dev/full"]
-    process = subprocess.run([sys.executable, HERE / "slicegpt.py", *map(str, arguments)], capture_output=True,
-                             text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert process.returncode == 2 and "mod?le" in process.stdout and "perplexity" in process.stdout
-    assert process.stderr.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
+    code, out, err = alone(PROGRAM, *arguments, encoding="ascii")
+    assert code == 2 and "mod?le" in out and "perplexity" in out
+    assert err.splitlines()[-1].startswith("slicegpt: cannot save to /dev/full: ")
     load(tmp_path / "sliced")
 
 
@@ -2161,7 +2124,7 @@ def cases():
     """Weights and perplexities: of sequential and parallel layers, sliced by five sequences, and by one."""
     for family, way, samples in itertools.product(("llama", "opt", "phi"), ("block", "learned", "tied"), (5, 1)):
         tokens = slicegpt.share(random_tokens(samples, 12))
-        with Double():
+        with double_precision():
             model = slice_by(tiny_network(family), way, tokens, batch_size=2)
             yield model.state_dict(), perplexity(model, tokens, batch_size=2)
 
@@ -2190,11 +2153,9 @@ def test_under_torchrun_the_program_writes_one_report_and_one_model_as_without_i
     arguments = [*on(tiny), "--calibration", tiny / "text", "own", "--samples", 10, "--eval-samples", 3, "--sparsity",
                  0.5, "--dtype", "float64"]
     tune = ["--finetune", 6] if importlib.util.find_spec("peft") else []
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, HERE / "slicegpt.py", *arguments,
-               *tune, "--save", tmp_path / "two", "--report", tmp_path / "json"]
-    processes = subprocess.run([*map(str, program)], capture_output=True, text=True)
-    assert processes.returncode == 0, processes.stderr
-    assert processes.stdout.count("saved to") == processes.stdout.count("perplexity  ") == 1
+    code, out, err = alone("torch.distributed.run", "--nproc-per-node", 2, PROGRAM, *arguments, *tune,
+                           "--save", tmp_path / "two", "--report", tmp_path / "json")
+    assert code == 0 and out.count("saved to") == out.count("perplexity  ") == 1, err
     _, one = results(*arguments)
     two = json.loads((tmp_path / "json").read_text())
     for figure in ("dense_perplexity", "sliced_perplexity"):
@@ -2225,15 +2186,16 @@ def measure_memory(report, first, arguments):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what is mapped from the rest")
 def test_a_stream_needs_the_memory_of_a_few_layers(tiny, tmp_path):
-    """Of a model of 16 layers, fewer than 4 are in memory that the system cannot drop, measuring included."""
-    model = tiny_network(hidden_size=512, ffn=2048, num_hidden_layers=16, heads=(8, 8, 64)).float()
+    """Of a model of 10 layers, fewer than 4 are in memory that the system cannot drop, measuring included."""
+    model = AutoModelForCausalLM.from_config(config_of(
+        "llama", hidden_size=512, ffn=2048, num_hidden_layers=10, heads=(8, 8, 64), tie_word_embeddings=False))
     size, layer = (sum(W.nbytes for W in module.parameters()) for module in (model, layers(model)[0]))
-    checkpoint(mild(model), tmp_path / "large", max_shard_size="100MB")
+    checkpoint(model, tmp_path / "large", max_shard_size="100MB")
     del model
     arguments = [*on(tiny, tmp_path / "large"), "--stream", "--samples", 8, "--save", tmp_path / "sliced"]
     code = in_a_process(measure_memory, tmp_path / "report", on(tiny), arguments)
     before, peak, err = json.loads((tmp_path / "report").read_text())
-    assert code == 0 and peak - before < 4 * layer < size / 3, (err, before, peak, layer)
+    assert code == 0 and peak - before < 4 * layer < size / 2, (err, before, peak, layer)
     assert sum(file.stat().st_size for file in (tmp_path / "sliced").iterdir()) > size / 2
 
 
@@ -2245,9 +2207,9 @@ def test_the_demo_model_loses_little_by_slicing_and_less_by_learning():
     assert report["model"] == "demo" and report["dense_perplexity"] < 100  # of 1024 tokens
     assert 0.99 < report["sliced_perplexity"] / report["dense_perplexity"] < 1.09
     assert report["sliced_parameters"] < report["dense_parameters"]
-    shared, learned = (results("--sparsity", 0.75, "--samples", 64, "--eval-samples", 20, *flags)[1]
-                       for flags in (["--rotation", "shared"], ["--learn", 20]))
-    assert learned["sliced_perplexity"] < 0.85 * shared["sliced_perplexity"]
+    shared, learned = (results("--sparsity", 0.75, "--samples", 32, "--eval-samples", 20, *flags)[1]
+                       for flags in (["--rotation", "shared"], ["--learn", 10]))
+    assert learned["sliced_perplexity"] < 0.9 * shared["sliced_perplexity"]
 
 
 def test_a_demo_model_that_cannot_be_kept_is_used_all_the_same(monkeypatch, tmp_path):
@@ -2260,22 +2222,21 @@ def test_a_demo_model_that_cannot_be_kept_is_used_all_the_same(monkeypatch, tmp_
 
 
 def test_a_mixture_of_experts_that_was_trained_loses_little():
-    """On the demo's text; trained in some 15 seconds."""
+    """On the demo's text, of 1024 different tokens."""
     _, tokenizer, *_ = slicegpt.describe("demo")
-    tokens, held_out = (tokenize(tokenizer, read_text("pydoc", kept), 128, samples)
+    tokens, held_out = (tokenize(tokenizer, read_text("pydoc", kept), 64, samples)
                         for kept, samples in ((False, None), (True, 20)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(transformers.MixtralConfig(
             vocab_size=1024, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=64, num_local_experts=4, max_position_embeddings=128))
+            intermediate_size=64, num_local_experts=4, max_position_embeddings=64))
         slicegpt.train(model, [tokens[torch.randint(len(tokens), (8,))] for _ in range(150)], 3e-3, "training")
     dense = perplexity(model, held_out)
-    block, shared, learned = (
-        perplexity(standard(slice_by(copy.deepcopy(model), way, tokens[:32], steps=10))[0], held_out)
-        for way in ("block", "shared", "learned"))
-    assert dense < 200 and dense < block < 1.3 * dense
-    assert dense < learned < shared < 1.3 * dense
+    assert dense < 250
+    for way in ("block", "shared", "learned"):
+        sliced, _ = standard(slice_by(copy.deepcopy(model), way, tokens[:32], steps=10))
+        assert dense < perplexity(sliced, held_out) < 1.2 * dense
 
 
 def smollm2(dtype):
