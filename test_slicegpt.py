@@ -80,7 +80,8 @@ from slicegpt import (ARCHITECTURES, LLAMA, RMSNorm, SlicedForCausalLM, SliceGPT
 
 settings.register_profile("paper", deadline=None, max_examples=25, database=None,
                           derandomize="CI" in os.environ,  # there the same examples each time, here always new ones
-                          suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink))
+                          suppress_health_check=list(HealthCheck),
+                          phases=(Phase.explicit, Phase.generate, Phase.shrink))
 settings.load_profile("paper")
 transformers.logging.set_verbosity_error()
 
