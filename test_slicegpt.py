@@ -101,8 +101,8 @@ def no_network_and_no_caches(tmp_path_factory):
 # ---- Seeds, and properties of every family --------------------------------------------------------------------------
 
 SEEDS = st.integers(0, 2**31)  # all random numbers come from seeds: drawn ones, or fixed ones in tests of one network
-# these families differ in where their parts are and in what they compute; the others from one of these in little but
-# names. So equations, matrix by matrix, are of these; and of all families is what a network computes as a whole
+# Eight families that between them have every kind of norm, block and matrix. What is claimed of each matrix is tested
+# on these; what is claimed of a whole network, on all
 STRUCTURES = ("opt", "gpt2", "llama", "gemma", "phi", "gpt_neox", "qwen2_moe", "deepseek_v3")
 
 
@@ -116,14 +116,14 @@ def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double
     def decorate(test):
         @pytest.mark.parametrize("family", families)
         def of_family(family):
-            @settings(max_examples=examples if family in STRUCTURES else 1)
-            @given(st.tuples(networks(family), *strategies))
             def holds(drawn):
                 with (double_precision() if double else nullcontext(),
                       nullcontext() if guarded else patch("slicegpt.check_row")):
                     test(*drawn)
 
-            holds()
+            holds.__name__ = f"{test.__name__}_{family}"  # where examples are the same each time, it chooses them
+            settings(max_examples=examples if family in STRUCTURES else 1)(
+                given(st.tuples(networks(family), *strategies))(holds))()
         return of_family
     return decorate
 
@@ -162,12 +162,12 @@ BATCHES = st.builds(lambda seed, padding: padded(random_tokens(2, 9, seed), padd
 
 def assert_same(found, expected, tolerance=1e-11):
     assert found.shape == expected.shape
-    error = ((found - expected).norm() / expected.norm()).item()
-    assert error < tolerance, f"relative error {error:.1e}"
+    error = (found - expected).norm().item()
+    assert error <= tolerance * expected.norm(), f"error {error:.1e}, relative to {expected.norm():.1e}"
 
 
-def test_none_of_the_52_families_has_gone():
-    """As a row that is deleted from the table takes its tests with it."""
+def test_there_are_at_least_52_families():
+    """As one that is deleted from the table takes its tests with it."""
     assert len(ARCHITECTURES) >= 52
 
 
@@ -241,8 +241,7 @@ def test_equations_3_5_and_9_every_matrix_that_writes_to_the_signal_is_multiplie
 def test_equations_6_and_9_every_bias_that_is_written_to_the_signal_is_rotated(model, deleted, seed):
     before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(writers(model), writers(before), strict=True):
-        if bias(old) is not None:
-            assert_same(new.bias, Q.T @ old.bias)
+        assert_same(bias(new), Q.T @ bias(old))
 
 
 @every_structure(DELETED, SEEDS)
@@ -251,7 +250,7 @@ def test_equations_4_7_and_9_every_matrix_that_reads_the_signal_is_multiplied_by
     before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(readers(model), readers(before), strict=True):
         assert_same(matrix(new), Q.T @ matrix(old))
-        assert bias(new) is bias(old) is None or torch.equal(new.bias, old.bias)
+        assert torch.equal(bias(new), bias(old))
 
 
 @every_family(BATCHES, SEEDS)
@@ -295,13 +294,12 @@ def test_figure_3_alpha_moves_into_the_matrices_and_beta_into_the_biases_that_re
     for (norm, old), (_, new) in zip(norms_and_readers(before), norms_and_readers(model), strict=True):
         alpha, beta = alpha_and_beta(norm, model.config.hidden_size)
         assert_same(matrix(new), alpha.diag() @ matrix(old))
-        if beta.norm() > 0:
-            assert_same(new.bias, beta @ matrix(old) + (0 if bias(old) is None else old.bias))
+        assert_same(bias(new), beta @ matrix(old) + bias(old))
 
 
 @every_structure(SEEDS)
 def test_figure_3_M_moves_into_the_matrices_and_biases_that_write_the_signal(model, seed):
-    """So every signal has mean 0. Where the norms subtract no mean, nothing does: M is the identity here."""
+    """Where the norms subtract no mean, nothing does: M is the identity here."""
     D, norm = model.config.hidden_size, last_norm(model)  # all norms of a model are of one kind
     X = random_matrix(seed, 5, D)
     M = mean_subtraction(D) if torch.allclose(norm(X + 1), norm(X)) else torch.eye(D).double()
@@ -309,7 +307,7 @@ def test_figure_3_M_moves_into_the_matrices_and_biases_that_write_the_signal(mod
     fuse(model)
     for new, old in zip(embeddings(model) + writers(model), embeddings(before) + writers(before), strict=True):
         assert_same(matrix(new), matrix(old) @ M)
-        assert bias(old) is None or torch.allclose(new.bias, old.bias @ M, rtol=0, atol=1e-12)
+        assert_same(bias(new), bias(old) @ M)
 
 
 @every_structure()
@@ -322,10 +320,10 @@ def test_fusion_gives_a_tied_head_a_matrix_of_its_own(model):
 # ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
 
 def rotations(model, seed: int, deleted: int = 0):
-    """A random Q (D, D - deleted) for each signal; but where a family's widths may differ, signal i loses i fewer."""
+    """A random Q (D, D - deleted) for each signal. Where widths may differ, neighbours do: shortcuts aren't square."""
     dimensions, one_width = model.config.slicegpt["dimensions"], architecture(model.config).one_width
-    return [random_rotation(D, seed + i)[:, :D - (deleted if one_width else max(0, deleted - i))]
-            for i, D in enumerate(dimensions)]
+    more = 0 if one_width or deleted == 0 else 1
+    return [random_rotation(D, seed + i)[:, :D - deleted - more * (i % 2)] for i, D in enumerate(dimensions)]
 
 
 @every_family(BATCHES, SEEDS)
@@ -391,7 +389,7 @@ def test_equation_8_q_diagonalises_the_covariance_by_decreasing_eigenvalue(D, se
     assert (eigenvalues.diff() <= 0).all()
 
 
-@every_structure(st.sampled_from([0.25, 0.5]), SEEDS)
+@every_family(st.sampled_from([0.25, 0.5]), SEEDS, families=(*STRUCTURES, "mistral"))
 def test_equation_8_makes_every_sliced_signal_uncorrelated_and_ordered_by_variance(model, sparsity, seed):
     """On the calibration tokens. It fails if a layer is calibrated without its own mask, such as a sliding window.
 
@@ -437,8 +435,9 @@ def test_each_sliced_signal_is_the_projection_of_what_the_sliced_blocks_before_i
     assert_same(logits(model, batch), logits(by_hand, batch), 1e-7)
 
 
-@given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), SEEDS)
-def test_appendix_a2_narrow_signals_are_widened_before_they_are_multiplied(dtype, seed):
+@given(st.sampled_from([torch.float16, torch.bfloat16]), SEEDS)
+def test_appendix_a2_narrow_signals_are_multiplied_in_float32(dtype, seed):
+    """(1e-5: which has errors of that size.)"""
     X = random_matrix(seed, 2, 2000, 64).to(dtype)
     assert_same(covariance(X), covariance(X.double()), 1e-5)
 
@@ -506,7 +505,7 @@ def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, 
     d = 4
     span = random_rotation(D, seed)[:, :d]
     for module in embeddings(model) + writers(model):
-        b = None if bias(module) is None else module.bias @ span @ span.T
+        b = None if getattr(module, "bias", None) is None else module.bias @ span @ span.T
         slicegpt.set_matrix(module, matrix(module) @ span @ span.T, b)
     expected = logits(model, batch)
     slice_model(model, random_tokens(16, 16, seed), 1 - d / D, round_to=1)
@@ -526,7 +525,7 @@ def test_figure_4_a_sliced_network_can_be_rotated_further(model, batch, seed):
 
 @every_family(st.sampled_from([0.25, 0, 0.5]), st.sampled_from(["full", "sliced"]), SEEDS)
 def test_slicing_leaves_d_dimensions_of_every_signal_and_all_D_in_front_of_a_full_head(model, sparsity, head, seed):
-    """And so d columns of what writes it, and d rows of what reads it. (A sparsity of 0: full and sliced are one.)"""
+    """So d columns of what writes it, and d rows of what reads it. (A sparsity of 0: full and sliced are one.)"""
     D = model.config.hidden_size
     d = sliced_dimension(D, sparsity, 2)
     head = "sliced" if architecture(model.config).one_width else head  # these cannot have a wider last signal
@@ -534,13 +533,19 @@ def test_slicing_leaves_d_dimensions_of_every_signal_and_all_D_in_front_of_a_ful
     widths = [d] * len(stages(model)) + [D if head == "full" else d]
     assert model.config.slicegpt["dimensions"] == widths
     assert [X.shape[1] for X in signals(model, random_tokens(2, 9, seed))] == widths
+    assert {matrix(module).shape[1] for module in embeddings(model)} == {d}
+    for stage, before, after in zip(stages(model), widths[:-1], widths[1:], strict=True):
+        assert {len(matrix(module)) for module in stage.readers} == {before}
+        assert {matrix(module).shape[1] for module in stage.writers} == {after}
 
 
 # ---- A.4 Slicing by variance ----------------------------------------------------------------------------------------
 
-@a_few(st.sampled_from([0.05, 0, 0.001, 0.3]), st.sampled_from([2, 1, 5, 16]), st.sampled_from(["sliced", "full"]),
-       SEEDS, families=[family for family, parts in ARCHITECTURES.items() if not parts.one_width])
-def test_appendix_a4_each_signal_keeps_the_least_dimensions_that_discard_no_more(model, share, round_to, head, seed):
+@every_structure(st.sampled_from([0.05, 0.01, 0.001, 0.3]), st.sampled_from([2, 1, 5, 16]),
+                 st.sampled_from(["sliced", "full"]), SEEDS,
+                 families=[family for family in STRUCTURES if not ARCHITECTURES[family].one_width])
+def test_appendix_a4_each_signal_keeps_the_fewest_dimensions_that_discard_at_most_the_share(
+        model, share, round_to, head, seed):
     tokens = random_tokens(8, 12, seed)
     by_hand = copy.deepcopy(model)
     fuse(by_hand)
@@ -687,7 +692,9 @@ def writers(model):
 
 
 def bias(module):
-    return getattr(module, "bias", None)
+    """Zeros, if it has none."""
+    b = getattr(module, "bias", None)
+    return torch.zeros(matrix(module).shape[1]).double() if b is None else b.detach()
 
 
 def norms_and_readers(model):
@@ -1231,7 +1238,7 @@ def test_a_tied_head_is_the_nearest_that_can_be_made_of_the_embedding(model, wei
     for token in tokens.flatten() if weighted else []:
         weights[token] += 1 / tokens.numel()
     E, W = matrix(model.get_input_embeddings()), matrix(model.get_output_embeddings())
-    size, b_head = parameters(model), copy.deepcopy(bias(model.get_output_embeddings()))
+    size, b_head = parameters(model), copy.deepcopy(getattr(model.get_output_embeddings(), "bias", None))
     tie_head(model, tokens if weighted else None)
     B = matrix(last_norm(model)[1])
     assert ((W - B @ E.T) @ (weights * E)).norm() < 1e-9 * W.norm() * E.norm() ** 2  # no better B in any direction
