@@ -376,11 +376,9 @@ def table1(options):
                 sparsegpt(network, inputs.calibration, **where)
             elif sparsity:
                 slice_model(network, inputs.calibration, sparsity, round_to=args.round_to, **where)
-            row = {"model": name, "method": method, "sparsity": sparsity}
             with slicegpt.placed(network, inputs.device):
-                for key, tokens in inputs.evaluation.items():
-                    row[key] = slicegpt.perplexity(network, tokens, device=inputs.device)
-            yield row | {"paper": paper}
+                found = slicegpt.perplexities(network, inputs)
+            yield {"model": name, "method": method, "sparsity": sparsity} | found | {"paper": paper}
 
 
 def tasks(args):
@@ -450,7 +448,7 @@ def quality(args):
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1], "parameters": left,
                "of dense parameters": left / parameters(model), "GB/token": (bytes_read(network) - saved) / 1e9,
                "ms/token": 1e3 * times.quantile(0.5).item(), "of dense": (times / seconds[0]).quantile(0.5).item()}
-        row |= {name: slicegpt.perplexity(network, text) for name, text in inputs.evaluation.items()}
+        row |= slicegpt.perplexities(network, inputs)
         for format in args.formats if not zeros else ():
             stored = copy.deepcopy(network)
             for W in stored.parameters():
@@ -458,7 +456,7 @@ def quality(args):
                     W.copy_(rounded(W, format)[0])
             bytes_per_weight = rounded(torch.zeros(1, 256), format)[1]
             row[f"{format} GB/token"] = row["GB/token"] * bytes_per_weight / network.dtype.itemsize
-            row |= {f"{format} {name}": slicegpt.perplexity(stored, text) for name, text in inputs.evaluation.items()}
+            row |= {f"{format} {name}": found for name, found in slicegpt.perplexities(stored, inputs).items()}
         yield row
 
 

@@ -2072,13 +2072,16 @@ def measure(args, inputs: Inputs, model) -> dict:
     convert(model, inputs.dtype)
     with placed(model, inputs.device):
         figures = {"dimension": widths[0] if len(widths) == 1 else f"{widths[0]} to {widths[-1]}",
-                   "parameters": parameters(model), "bytes": size}
-        for key, tokens in inputs.evaluation.items():
-            figures[key] = perplexity(model, share(tokens), device=inputs.device)
+                   "parameters": parameters(model), "bytes": size} | perplexities(model, inputs)
         try:
             return figures | {"text": generate(model, inputs.tokenizer, args.prompt, inputs.device)}
         except SliceGPTError as error:
             return figures | {"text": f"({error})"}
+
+
+def perplexities(model, inputs: Inputs) -> dict[str, float]:
+    """The perplexity on each text of --eval, by the name of its figure; bench.py needs them too."""
+    return {key: perplexity(model, share(tokens), device=inputs.device) for key, tokens in inputs.evaluation.items()}
 
 
 def convert(model, dtype: torch.dtype):
