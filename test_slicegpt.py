@@ -1,8 +1,9 @@
 """The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
 
-Each test is one claim, which is its name. The oracle of what a network computes is Hugging Face's untouched model, kept
-in float64 by `double_precision`. In the paper's part, "the same" means a relative error below 1e-11, unless the test
-says why not. Read 2.1 to A.4 beside the paper, in its order; what is above is what they call.
+Each test is one claim, which is its name. The oracle of what a network computes is Hugging Face's untouched model, run
+before `fuse`, `rotate` or `slice_model` changes it in place. In the paper's part, sections 2.1 to A.4, everything is
+computed in float64, and "the same" means a relative error below 1e-11, unless the test says why not. A random network
+is one of Hugging Face's, tiny, with large random weights; how it is made, and kept in float64, comes after that part.
 
 `python -m pytest test_slicegpt.py` takes two to three minutes. Once, 45 seconds more train the demo model, which is
 kept in the user's cache; what needs a package that is not installed is skipped.
@@ -11,12 +12,14 @@ kept in the user's cache; what needs a package that is not installed is skipped.
     stage           a step X <- X + Z, by one block, or by both blocks of a layer in which they are parallel
     X (n, D)        a signal, a row for each of n tokens: what the embeddings give, and then what each stage leaves
     D, d            its width in the network as it comes, and sliced
-    one_width       of a family, such as GPT-2: all its signals must be as wide as each other
+    Q (D, d)        columns of a rotation: the paper's Q times its deletion matrix, which the paper calls D, too
+    C (D, D)        X^T X, whose eigenvectors are Q
+    shortcut        S, which takes the signal past a stage: X S + Z
     reader, writer  a module whose matrix multiplies what a norm gives (W_in of a block, or the head), or makes what is
                     added to the signal (W_out of a block)
     matrix(module)  its W as the paper has it: a reader has a row for each dimension of the signal, a writer a column
-    Q (D, d), C     the columns of a rotation that are kept (d = D: all); X^T X, whose eigenvectors they are
-    shortcut        S, which takes the signal past a stage: X S + Z
+    config.slicegpt of a model that is fused (3.2): dimensions, the width of each signal; and whether it has shortcuts
+    one_width       says of a family that all its signals must be as wide as each other: GPT-2 and mixtures
 """
 import os
 from pathlib import Path
@@ -83,22 +86,21 @@ SEEDS = st.integers(0, 2**31)  # all random numbers come from seeds: drawn ones,
 STRUCTURES = ("opt", "gpt2", "llama", "gemma", "phi", "gpt_neox", "qwen2_moe", "deepseek_v3")
 
 
-def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double=True, guarded=False):
-    """Makes test(model, *what the strategies draw) a property of random networks, a test for each family.
+def every_family(*strategies, families=tuple(ARCHITECTURES), examples=15, double=True):
+    """Makes test(model, *what the strategies draw) a property of random networks: a test for each of the families.
 
     STRUCTURES get so many examples. The others get one, which is the simplest: seed 0, and the first of every list
-    that is drawn from; so these lists begin with what tells most. double: computes in float64 throughout. guarded:
-    with `check_row`, which runs each layer twice to refuse wrong rows; without it, the claims themselves must do that.
+    that is drawn from; so these lists begin with what tells most. double: computes in float64 throughout. The guard
+    against wrong rows of the table, `check_row`, is off: claims shall fail by themselves. (It has tests of its own.)
     """
     def decorate(test):
         @pytest.mark.parametrize("family", families)
         def of_family(family):
             def holds(drawn):
-                with (double_precision() if double else nullcontext(),
-                      nullcontext() if guarded else patch("slicegpt.check_row")):
+                with double_precision() if double else nullcontext(), patch("slicegpt.check_row"):
                     test(*drawn)
 
-            holds.__name__ = f"{test.__name__}_{family}"  # where examples are the same each time, it chooses them
+            holds.__name__ = f"{test.__name__}_{family}"  # from which Hypothesis derives its examples, if not at random
             settings(max_examples=examples if family in STRUCTURES else 1)(
                 given(st.tuples(networks(family), *strategies))(holds))()
         return of_family
@@ -205,15 +207,16 @@ def mean_subtraction(D: int):
 
 
 @given(st.integers(1, 24), st.data(), SEEDS)
-def test_rmsnorm_divides_by_the_root_of_the_mean_square_in_which_deleted_dimensions_count_as_zeros(D, data, seed):
-    """So it is sqrt(D) times that of the paper."""
-    X = random_matrix(seed, 7, data.draw(st.integers(1, D)))  # d columns
+def test_rmsnorm_divides_by_the_root_of_the_squares_sum_over_D_whatever_the_width(D, data, seed):
+    """So it is sqrt(D) times that of the paper; and dimensions that are deleted (3.4) count as zeros."""
+    X = random_matrix(seed, 7, data.draw(st.integers(1, D)))
     assert_same(RMSNorm(D, 1e-6)(X), X / ((X**2).sum(-1, keepdim=True) / D + 1e-6).sqrt())
 
 
 @given(st.integers(1, 24), SEEDS)
 def test_equation_1_layernorm_is_rmsnorm_of_the_centred_signal(D, seed):
-    norm = nn.LayerNorm(D, eps=1e-5).double()  # our RMSNorm has the paper's sqrt(D) inside
+    """LayerNorm(X) = RMSNorm(X M) diag(alpha) sqrt(D) + 1 beta^T; our RMSNorm has the sqrt(D) inside."""
+    norm = nn.LayerNorm(D, eps=1e-5).double()
     alpha, beta = random_matrix(seed, 2, D)
     norm.weight.data, norm.bias.data = alpha, beta
     X = random_matrix(seed + 1, 5, D)
@@ -232,8 +235,8 @@ def test_matrix_is_the_papers_W_which_multiplies_from_the_right(inputs, outputs,
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
 #
-# Eq. 3 to 7 are tested with Q (D, d), which also deletes as Eq. 9 does: it is the paper's Q times its deletion matrix.
-# Eq. 2, and that nothing changes, need d = D.
+# A network is fused first (3.2), so that its norms are those of Eq. 2. Eq. 3 to 7 are tested with Q (D, d), which also
+# deletes as Eq. 9 does; Eq. 2, and that nothing changes, need d = D.
 
 DELETED = st.sampled_from([3, 0, 1, 6])  # D - d
 
@@ -261,7 +264,7 @@ def test_equations_3_5_6_and_9_every_matrix_and_bias_that_writes_to_the_signal_i
     before, Q = rotate_by_one(model, deleted, seed)
     for new, old in zip(embeddings(model) + writers(model), embeddings(before) + writers(before), strict=True):
         assert_same(matrix(new), matrix(old) @ Q)
-        assert_same(bias(new), bias(old) @ Q)
+        assert_same(bias(new), bias(old) @ Q)  # Eq. 6: b is a row here
 
 
 @every_structure(DELETED, SEEDS)
@@ -293,7 +296,7 @@ def alpha_and_beta(norm, D: int):
     return (above - below) / 2 * signs, (above + below) / 2
 
 
-@every_family(BATCHES, guarded=True)
+@every_family(BATCHES)
 def test_figure_3_fusion_changes_nothing(model, batch):
     expected = logits(model, batch)
     fuse(model)
@@ -319,10 +322,11 @@ def test_figure_3_alpha_moves_into_the_matrices_and_beta_into_the_biases_that_re
 
 @every_structure(SEEDS)
 def test_figure_3_M_moves_into_the_matrices_and_biases_that_write_the_signal(model, seed):
-    """Where the norms subtract no mean, nothing does: M is the identity here."""
+    """Unlike the authors' code, which also centres the embedding of a Llama, whose norms subtract no mean."""
     D, norm = model.config.hidden_size, last_norm(model)  # all norms of a model are of one kind
     X = random_matrix(seed, 5, D)
-    M = mean_subtraction(D) if torch.allclose(norm(X + 1), norm(X)) else torch.eye(D).double()
+    subtracts_mean = torch.allclose(norm(X + 1), norm(X))
+    M = mean_subtraction(D) if subtracts_mean else torch.eye(D).double()
     before = copy.deepcopy(model)
     fuse(model)
     for new, old in zip(embeddings(model) + writers(model), embeddings(before) + writers(before), strict=True):
@@ -331,6 +335,8 @@ def test_figure_3_M_moves_into_the_matrices_and_biases_that_write_the_signal(mod
 
 
 # ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
+#
+# Eq. 8 is of the norm's input, as in the authors' code, unless a test says otherwise; in the text it is of the output.
 
 def rotations(model, seed: int, deleted: int = 0):
     """A random Q (D, D - deleted) for each signal. Where widths may differ, neighbours do: shortcuts aren't square."""
@@ -348,10 +354,10 @@ def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
 
 
 @every_structure(DELETED, SEEDS)
-def test_figure_4_and_equation_9_a_stage_reads_in_one_basis_and_writes_in_the_next_to_which_its_shortcut_leads(
+def test_figure_4_a_stage_reads_by_Q_in_transposed_and_writes_by_Q_out_and_its_shortcut_is_Q_in_transposed_Q_out(
         model, deleted, seed):
     fuse(model)
-    before, Qs = copy.deepcopy(model), rotations(model, seed, deleted)
+    before, Qs = copy.deepcopy(model), rotations(model, seed, deleted)  # one Q more than there are stages
     rotate(model, Qs)
     for new, old, Q_in, Q_out in zip(stages(model), stages(before), Qs[:-1], Qs[1:], strict=True):
         assert_same(new.shortcut, Q_in.T @ Q_out)
@@ -359,9 +365,27 @@ def test_figure_4_and_equation_9_a_stage_reads_in_one_basis_and_writes_in_the_ne
             assert_same(matrix(new_reader), Q_in.T @ matrix(old_reader))
         for new_writer, old_writer in zip(new.writers, old.writers, strict=True):
             assert_same(matrix(new_writer), matrix(old_writer) @ Q_out)
+            assert_same(bias(new_writer), bias(old_writer) @ Q_out)
+    assert_same(matrix(model.get_input_embeddings()), matrix(before.get_input_embeddings()) @ Qs[0])
+    assert_same(matrix(model.get_output_embeddings()), Qs[-1].T @ matrix(before.get_output_embeddings()))
 
 
-@every_family(SEEDS, families=STRUCTURES[:6])  # of the others, what a mixture's experts write is chosen and weighted
+@every_structure(DELETED, SEEDS)
+def test_rotating_by_Q_and_then_by_R_is_rotating_by_QR(model, deleted, seed):
+    """Of any square R. Hence the authors' last random rotation, inside the dimensions that are kept, has no effect."""
+    fuse(model)
+    at_once, Qs = copy.deepcopy(model), rotations(model, seed, deleted)
+    Rs = [random_matrix(seed + i, Q.shape[1], Q.shape[1]) for i, Q in enumerate(Qs)]
+    if architecture(model.config).one_width:  # or one of all signals
+        Qs, Rs = Qs[0], Rs[0]
+    rotate(model, Qs)
+    rotate(model, Rs)
+    rotate(at_once, [Q @ R for Q, R in zip(Qs, Rs)] if isinstance(Qs, list) else Qs @ Rs)
+    for name, W in at_once.state_dict().items():
+        assert_same(model.state_dict()[name], W)
+
+
+@every_family(SEEDS, families=STRUCTURES[:6])  # no mixtures: their Z is no sum, as a router weighs what experts write
 def test_algorithm_1_line_5_a_stage_takes_the_signal_X_to_X_S_plus_Z(model, seed):
     fuse(model)
     rotate(model, rotations(model, seed, deleted=2))
@@ -375,8 +399,8 @@ def test_algorithm_1_line_5_a_stage_takes_the_signal_X_to_X_S_plus_Z(model, seed
 
 
 @given(st.integers(2, 20), st.integers(1, 30), SEEDS)
-def test_equation_8_sums_over_the_sequences(D, N, seed):
-    X = random_matrix(seed, 3, N, D)
+def test_equation_8_C_is_the_sum_of_X_transposed_X_over_the_sequences(D, N, seed):
+    X = random_matrix(seed, 3, N, D)  # 3 sequences of N tokens
     assert_same(covariance(X), sum(x.T @ x for x in X))
 
 
@@ -391,37 +415,40 @@ def test_equation_8_q_diagonalises_the_covariance_by_decreasing_eigenvalue(D, se
 
 @every_family(st.sampled_from([0.25, 0.5]), SEEDS, families=(*STRUCTURES, "mistral"))
 def test_equation_8_makes_every_sliced_signal_uncorrelated_and_ordered_by_variance(model, sparsity, seed):
-    """On the calibration tokens. It fails if a layer is calibrated without its own mask, such as a sliding window.
+    """On the calibration tokens. (mistral: it fails if a layer is calibrated without its sliding window.)
 
     (1e-9: a signal's small principal components are less exact than the large ones.)
     """
     tokens = calibration_tokens(seed)
-    for X in signals(slice_model(model, tokens, sparsity, round_to=2), tokens):
+    slice_model(model, tokens, sparsity, round_to=2)
+    for X in signals(model, tokens):
         C = covariance(X)
         assert_same(C, C.diag().diag(), 1e-9)
         assert (C.diag().diff() <= 1e-9 * C.norm()).all()
 
 
-def slice_by_hand(model, tokens, dimensions, side="input"):
-    """Section 3.3 done by hand, in a fused network, none of whose weights is sliced.
+def slice_by_hand(model, tokens, dimensions, side="input") -> list:
+    """(X, eigenvalues, Q) of every signal of a fused network, found as section 3.3 says, one after the other.
 
-    Yields, for every signal, (X, eigenvalues, Q): Eq. 8 is of the norm's input (the authors' code) or output (text).
-    Where section 3.3 slices the blocks before the next Q is found, the signal in front of them is then projected onto
-    the dimensions that are kept, and the next signals follow from that. `rotate` and `pca`, which tests above check,
-    are enough for it.
+    "We use the output of the transformed network to calculate the orthogonal matrices of the next layers": a signal is
+    projected onto its d dimensions (Eq. 9: X Q Q^T) before the next is looked at. For that, all signals keep D columns,
+    and the network is rotated by factors which are no rotations, but compose like them (see the test of Q R above).
     """
     observed = last_norm(model) if side == "output" else nn.Identity()  # fused, all norms are the same
+    found = []
     for i, d in enumerate(dimensions):
         X = signals(model, tokens)[i]
         eigenvalues, Q = pca(covariance(observed(X)))
-        yield X, eigenvalues, Q[:, :d]
+        Q = Q[:, :d]
+        found.append((X, eigenvalues, Q))
         factors = [torch.eye(X.shape[1]).double()] * len(model.config.slicegpt["dimensions"])
-        factors[i] = Q[:, :d] @ Q[:, :d].T
+        factors[i] = Q @ Q.T
         rotate(model, factors)
+    return found
 
 
 @every_family(st.sampled_from([0.25, 0.5]), st.sampled_from(["input", "output"]), SEEDS)
-def test_each_sliced_signal_is_the_projection_of_what_the_sliced_blocks_before_it_compute(model, sparsity, side, seed):
+def test_equation_8_each_Q_is_of_the_signal_that_the_blocks_sliced_before_it_compute(model, sparsity, side, seed):
     """As the signs of eigenvectors are free, what is compared are Gram matrices, in which bases cancel, and logits.
 
     (1e-7: eigenvectors of small eigenvalues are less exact.)
@@ -437,16 +464,17 @@ def test_each_sliced_signal_is_the_projection_of_what_the_sliced_blocks_before_i
 
 
 @given(st.sampled_from([torch.float16, torch.bfloat16]), SEEDS)
-def test_appendix_a2_narrow_signals_are_multiplied_in_float32(dtype, seed):
-    """(1e-5: which has errors of that size.)"""
+def test_appendix_a2_products_of_16_bit_signals_are_as_exact_as_in_float32(dtype, seed):
+    """(1e-5: errors of float32 add up to that.)"""
     X = random_matrix(seed, 2, 2000, 64).to(dtype)
     assert_same(covariance(X), covariance(X.double()), 1e-5)
 
 
-def test_appendix_a2_covariances_add_up_in_double_precision():
+def test_appendix_a2_covariances_add_up_and_are_decomposed_in_double_precision():
     X = torch.tensor([2.0**12, 2.0**-12]).view(2, 1, 1)  # the squares are 48 bits apart; float32 has 24
     C = slicegpt.covariance_of(X, observed=nn.Identity(), stage=None, batch_size=1, device=torch.device("cpu"))
-    assert C.dtype == torch.float64 and C.item() == 2.0**24 + 2.0**-24
+    eigenvalues, _ = pca(C)
+    assert eigenvalues.dtype == torch.float64 and eigenvalues.item() == C.item() == 2.0**24 + 2.0**-24
 
 
 # ---- 3.4 Slicing ----------------------------------------------------------------------------------------------------
@@ -458,7 +486,7 @@ def test_equation_9_is_the_best_reconstruction_of_its_rank(d_and_D, seed):
     (1e-9: covariances square what is small.)
     """
     d, D = d_and_D
-    X = random_matrix(seed, 30, D) @ random_matrix(seed + 1, D, D)
+    X = random_matrix(seed, 30, D) @ random_matrix(seed + 1, D, D)  # whose columns are correlated
     _, Q = pca(covariance(X))
     Q = Q[:, :d]
     lost = ((X - X @ Q @ Q.T) ** 2).sum()
@@ -469,17 +497,23 @@ def test_equation_9_is_the_best_reconstruction_of_its_rank(d_and_D, seed):
 @given(st.integers(1, 10**4), st.floats(0, 0.999), st.integers(1, 64))
 @example(100, 0.9, 1)  # it is 10, though (1 - 0.9) * 100 is 9.999999999999998
 @example(10, 0, 8)
-def test_the_sliced_dimension_is_the_largest_multiple_that_deletes_enough(D, sparsity, round_to):
-    """(1e-6 of a dimension may be missing.) A sparsity of 0 deletes nothing, whatever D is a multiple of."""
+def test_the_sliced_dimension_is_the_largest_multiple_of_round_to_that_deletes_enough(D, sparsity, round_to):
+    """As in the authors' code; the paper does not round. (1e-6 allows for floating-point errors.)"""
     assume((1 - sparsity) * D >= round_to)
     d = sliced_dimension(D, sparsity, round_to)
-    assert d == D if sparsity == 0 else d % round_to == 0 and d <= (1 - sparsity) * D + 1e-6 < d + round_to
+    if sparsity == 0:
+        assert d == D
+    else:
+        assert d % round_to == 0 and d <= (1 - sparsity) * D + 1e-6 < d + round_to
 
 
 @every_family(BATCHES, SEEDS, st.sampled_from(["sliced", "full"]), st.sampled_from(["input", "output"]),
               st.sampled_from([2, 1, 3, 4]))
 def test_slicing_nothing_changes_nothing(model, batch, seed, head, side, batch_size):
-    """Section 3 from end to end, even by 6 calibration tokens, whose covariances lack rank."""
+    """Section 3 from end to end, even by 6 calibration tokens, whose covariances lack rank.
+
+    head: "sliced", or "full", as in the authors' code: the last shortcut leads back to D dimensions.
+    """
     expected = logits(model, batch)
     slice_model(model, random_tokens(3, 2, seed), 0, head=head, signal=side, batch_size=batch_size)
     assert all(stage.shortcut is not None for stage in stages(model))
@@ -504,19 +538,9 @@ def test_slicing_is_lossless_when_the_signal_spans_few_dimensions(model, batch, 
     assert_same(logits(model, batch), expected, 1e-7)
 
 
-@every_structure(BATCHES, SEEDS)
-def test_figure_4_a_sliced_network_can_be_rotated_further(model, batch, seed):
-    """Hence the authors' last random rotation, inside the dimensions that are kept, has no effect."""
-    slice_model(model, calibration_tokens(seed), 0.5, round_to=2)
-    expected = logits(model, batch)
-    rotate(model, rotations(model, seed))
-    rotate(model, random_rotation(model.config.slicegpt["dimensions"][0], seed))
-    assert_same(logits(model, batch), expected)
-
-
 @every_family(st.sampled_from([0.25, 0, 0.5]), st.sampled_from(["full", "sliced"]), SEEDS)
 def test_slicing_leaves_d_dimensions_of_every_signal_and_all_D_in_front_of_a_full_head(model, sparsity, head, seed):
-    """So d columns of what writes it, and d rows of what reads it. (A sparsity of 0: full and sliced are one.)"""
+    """So d columns of what writes it, and d rows of what reads it. (At a sparsity of 0, both heads are the same.)"""
     D = model.config.hidden_size
     d = sliced_dimension(D, sparsity, 2)
     head = "sliced" if architecture(model.config).one_width else head  # these cannot have a wider last signal
@@ -794,7 +818,7 @@ def test_a_corpus_is_a_column_of_a_file_or_of_a_data_set_of_which_a_part_is_kept
 
 
 @a_few(st.sampled_from(["shared", "learned", *WAYS]),
-       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False, guarded=True)
+       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), SEEDS, double=False)
 def test_slicing_in_narrow_types_gives_nearly_the_logits_of_float64(model, way, dtype, seed):
     """(0.2: what slicing leaves in bfloat16 of a random network; errors of float32 are some 1e-5.)"""
     tokens = random_tokens(16, 12, seed)
@@ -1291,6 +1315,14 @@ def test_a_class_that_only_looks_like_a_known_one_is_refused_and_stays_as_it_was
         assert same_weights(model, before) and not hasattr(model.config, "slicegpt")
 
 
+check_row = slicegpt.check_row  # which `every_family` switches off
+
+
+@a_few(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), double=False)
+def test_what_looks_like_a_known_one_and_is_one_is_accepted_in_every_type(model, dtype):
+    check_row(mild(model).to(dtype))
+
+
 TOKENS, I = random_tokens(4, 8), torch.eye(16)
 
 
@@ -1491,8 +1523,8 @@ def test_a_run_reports_and_prints_the_figures_of_the_model_that_it_loads_and_of_
     """And saves it in the type that it came in; but for a mixture's routers, which transformers keeps in float32."""
     out, report = results(*on(tiny, model), *flags.split(), "--save", tmp_path / "sliced")
     (dense, tokens, _), (saved, *_) = inputs_of(tiny, model), inputs_of(tiny, tmp_path / "sliced")
-    measured = {"finetuned" if "finetune" in flags else "sliced": saved} | ({} if model == "sliced" else {"dense": dense})
-    for name, network in measured.items():
+    measured = [("finetuned" if "finetune" in flags else "sliced", saved), ("dense", dense)]
+    for name, network in measured[:1] if model == "sliced" else measured:
         loss = perplexity(network, tokens)
         assert math.isclose(report[f"{name}_perplexity"], loss, rel_tol=1e-5) and f"{name}: " in out
         assert report[f"{name}_parameters"] == parameters(network) and f"{parameters(network):,}" in out
