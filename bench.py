@@ -151,7 +151,7 @@ def bytes_read(model) -> int:
 def throughput(args):
     """A.6: tokens per second in the middle of sequences of --seqlen, in batches of 1, 2, 4, ...
 
-    These grow until the speed drops, memory runs out ("-"), or --max-batch-size. of best dense: of the dense network's.
+    They grow until the speed drops, memory runs out ("-"), or to --max-batch-size. of best dense: of the dense best.
     """
     prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
     best_dense = None
