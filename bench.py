@@ -14,9 +14,8 @@ others take a model and texts, by the options of slicegpt.py. Without a command,
 dense; or sliced with a Q for each block, the paper's method ("block"); or, beyond the paper, with one Q for all blocks,
 which needs no shortcuts ("shared").
 
-Each command is a generator of the rows of a table. A row is printed, and the file of --json written anew, as soon as it
-is measured, so a long run that ends early keeps what it had (but quality measures when it has made all networks). "-"
-in a table means that there is no such figure.
+Each command is a function that yields the rows of a table. A row is printed, and written to the file of --json, as soon
+as it is measured, so a long run that ends early keeps what it had. "-" means that there is no such figure.
 """
 import argparse
 import contextlib
@@ -24,15 +23,12 @@ import copy
 import gc
 import itertools
 import json
-import platform
 import sys
 import time
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, median
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -46,24 +42,19 @@ def opt(width, layers, heads):
                        num_attention_heads=heads, vocab_size=50272, max_position_embeddings=2048)
 
 
-def llama_like(width, layers, heads, kv_heads, ffn, vocabulary=32000, family="llama", tied=False, **more):
+def llama_like(width, layers, heads, kv_heads, ffn, vocabulary=32000, family="llama", **more):
     return family, dict(hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-                        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096,
-                        tie_word_embeddings=tied, **more)
+                        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096, **more)
 
 
 SHAPES = {  # name: Hugging Face's model_type, and options of its config
     "opt-125m": opt(768, 12, 12), "opt-350m-like": opt(1024, 24, 16),  # the real one has norms behind its blocks
     "opt-1.3b": opt(2048, 24, 32), "opt-2.7b": opt(2560, 32, 32), "opt-6.7b": opt(4096, 32, 32),
     "opt-13b": opt(5120, 40, 40), "opt-30b": opt(7168, 48, 56), "opt-66b": opt(9216, 64, 72),
-    "smollm2-135m": llama_like(576, 30, 9, 3, 1536, 49152, tied=True),
+    "smollm2-135m": llama_like(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True),
     "llama-2-7b": llama_like(4096, 32, 32, 32, 11008), "llama-2-13b": llama_like(5120, 40, 40, 40, 13824),
     "llama-2-70b": llama_like(8192, 80, 64, 8, 28672),
-    "mixtral-8x7b": llama_like(4096, 32, 32, 8, 14336, family="mixtral", num_local_experts=8, num_experts_per_tok=2),
-    "qwen3-30b-a3b": llama_like(2048, 48, 32, 4, 6144, 151936, family="qwen3_moe", head_dim=128, num_experts=128,
-                                num_experts_per_tok=8, moe_intermediate_size=768),
-    "gpt-oss-20b": llama_like(2880, 24, 64, 8, 2880, 201088, family="gpt_oss", head_dim=64, num_local_experts=32,
-                              num_experts_per_tok=4)}
+    "mixtral-8x7b": llama_like(4096, 32, 32, 8, 14336, family="mixtral", num_local_experts=8, num_experts_per_tok=2)}
 
 
 def build(shape: str, layers: int, dtype, device, sparsity: float | None = None, shared: bool = False):
@@ -80,43 +71,40 @@ def build(shape: str, layers: int, dtype, device, sparsity: float | None = None,
         return slicegpt.standard(slicegpt.sliced_class(base)._from_config(config, dtype=dtype))[0].eval()
 
 
-def bytes_read(model) -> int:
-    """The weights that one token reads: all but the embedding, unless it is also the head, and experts not chosen."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    idle = 0 if head is embedding else embedding.nbytes
-    for module in [module for stage in stages(model) for module in stage.readers + stage.writers]:
-        if isinstance(module, slicegpt.Expert):  # of_all[0] has the weights of all experts of the layer
-            idle += module.weight.nbytes * (1 - model.config.num_experts_per_tok / len(module.of_all[0]))
-    return round(sum(weight.nbytes for weight in model.parameters()) - idle)
-
-
 # ---- Speed ----------------------------------------------------------------------------------------------------------
 WARM_UP = 4  # rounds that do not count
 
 
-def seconds_of(work, device, calls: int = 1) -> float:
-    synchronize = partial(torch.get_device_module(device).synchronize, device)  # a GPU works on after a call returns
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        work()
-    synchronize()
-    return (time.perf_counter() - start) / calls
+def latency(args):
+    """Table 2: the time of one token behind a prompt, in ms: median, 10th and 90th percentile over --tokens rounds.
+
+    of dense: the time divided by the dense network's in the same round (median). GB/token: the weights that a token
+    reads. of copy GB/s: the share of the memory's bandwidth that reading them takes, where a copy takes all of it: near
+    1, only fewer bytes make a token faster (gpt-fast's roofline). With --batch-size, a token is one of each sequence.
+    Without --compile, small networks and batches on a GPU measure how fast Python launches kernels.
+    """
+    how = args.shape, args.layers, args.dtype, args.device
+    models = {"dense": build(*how), f"block {args.sparsity:.0%}": build(*how, args.sparsity),
+              f"shared {args.sparsity:.0%}": build(*how, args.sparsity, shared=True)}
+    source, target = torch.ones(2, 2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # beyond caches
+    for length in args.prompt_lengths:
+        torch.compiler.reset()  # torch compiles a function for a few shapes only, and then refuses
+        prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
+        works = [decoder(model, prompt, args.compile and WARM_UP + args.tokens) for model in models.values()]
+        seconds = in_turns(works + [lambda: target.copy_(source)], args.tokens, args.device, "decoding")
+        bandwidth = 2 * source.nbytes / seconds[-1].quantile(0.5).item()  # a copy reads, and writes
+        for (name, model), times in zip(models.items(), seconds):
+            ms, p10, p90 = (1e3 * times).quantile(torch.tensor([0.5, 0.1, 0.9]).double()).tolist()
+            size = bytes_read(model)
+            yield {"network": name, "prompt": length, "ms/token": ms, "p10": p10, "p90": p90,
+                   "of dense": (times / seconds[0]).quantile(0.5).item(), "GB/token": size / 1e9,
+                   "of dense GB": size / bytes_read(models["dense"]), "of copy GB/s": size / (ms / 1e3) / bandwidth}
 
 
-def in_turns(works: list, rounds: int, device, label: str, calls: int = 1) -> Tensor:
-    """Seconds (works, rounds) of a call. A round runs all works, in random order: what disturbs falls on all alike."""
-    seconds = torch.zeros(len(works), WARM_UP + rounds, dtype=torch.float64)
-    for number in slicegpt.progress(range(WARM_UP + rounds), label, unit="round"):
-        for i in torch.randperm(len(works)).tolist():
-            seconds[i, number] = seconds_of(works[i], device, calls)
-    return seconds[:, WARM_UP:]
-
-
-def decoder(model, prompt: Tensor, compiled_for: int | None = None):
-    """A function that decodes one more token behind a prompt (B, N) at each call; compiled, for so many calls."""
+def decoder(model, prompt: Tensor, compiled_for: int = 0):
+    """A function that decodes one more token behind a prompt (B, N) at each call; if compiled, for so many calls."""
     token = prompt[:, :1].clone()  # which one it is makes no difference to the time
-    if compiled_for is None:
+    if not compiled_for:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
     length = prompt.shape[1] + compiled_for
@@ -130,59 +118,46 @@ def decoder(model, prompt: Tensor, compiled_for: int | None = None):
     return lambda: step(token, attention_mask=mask, position_ids=position.add_(1), cache=past, use_cache=True)
 
 
-def latency(args):
-    """Table 2: the time of one token behind a prompt: median, 10th and 90th percentile over --tokens rounds.
+def in_turns(works: list, rounds: int, device, label: str, calls: int = 1) -> Tensor:
+    """Seconds (works, rounds) of a call. A round runs all works, in random order: what disturbs falls on all alike."""
+    seconds = torch.zeros(len(works), WARM_UP + rounds, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)  # its own, so that measuring time changes no other random number
+    for number in slicegpt.progress(range(WARM_UP + rounds), label, unit="round"):
+        for index in torch.randperm(len(works), generator=generator).tolist():
+            seconds[index, number] = seconds_of(works[index], device, calls)
+    return seconds[:, WARM_UP:]
 
-    of dense: divided by the dense network's time in the same round. GB/token: weights that a token reads. of copy GB/s:
-    how fast it reads them, as a share of how fast memory is copied. With --batch-size, a token is one of each sequence.
-    --layers, for networks that do not fit: so many (at least 2) and half as many layers are measured, and the medians
-    extrapolated, which leaves no percentiles. Without --compile, small networks and batches on a GPU measure how fast
-    Python launches kernels.
-    """
-    published = SHAPES[args.shape][1]["num_hidden_layers"]
-    deep = max(2, min(args.layers or published, published))
-    shallow = deep // 2
-    networks = {"dense": {}, f"block {args.sparsity:.0%}": {"sparsity": args.sparsity},
-                f"shared {args.sparsity:.0%}": {"sparsity": args.sparsity, "shared": True}}
-    whole = [build(args.shape, 0, args.dtype, "meta", **how) for how in networks.values()]  # without data, for sizes
-    models = [build(args.shape, depth, args.dtype, args.device, **how)
-              for depth in ([deep] if deep == published else [deep, shallow]) for how in networks.values()]
-    source, target = torch.ones(2, 2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # beyond caches
-    percentiles = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    for length in args.prompt_lengths:
-        torch.compiler.reset()  # torch compiles a function for a few shapes only, and then refuses
-        prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
-        compiled_for = WARM_UP + args.tokens if args.compile else None
-        works = [decoder(model, prompt, compiled_for) for model in models] + [lambda: target.copy_(source)]
-        seconds = in_turns(works, args.tokens, args.device, "decoding")
-        copied_per_second = 2 * source.nbytes / seconds[-1].quantile(0.5).item()  # it reads, and writes
-        if deep < published:  # each layer adds the same; of medians, or it would be the noise that is extrapolated
-            at_deep, at_shallow, _ = seconds.quantile(0.5, dim=1, keepdim=True).split(len(networks))
-            seconds = at_deep + (at_deep - at_shallow) / (deep - shallow) * (published - deep)
-        for name, model, times in zip(networks, whole, seconds):
-            ms, p10, p90 = (1e3 * times).quantile(percentiles).tolist()
-            share, share_p10, share_p90 = (times / seconds[0]).quantile(percentiles).tolist()
-            if deep < published:
-                p10 = p90 = share_p10 = share_p90 = None
-            read = bytes_read(model)
-            yield {"network": name, "prompt": length, "ms/token": ms, "p10": p10, "p90": p90, "of dense": share,
-                   "its p10": share_p10, "its p90": share_p90, "GB/token": read / 1e9, "of dense GB": read / bytes_read(
-                       whole[0]), "of copy GB/s": read / (ms / 1e3) / copied_per_second,
-                   "copy GB/s": copied_per_second / 1e9}
+
+def seconds_of(work, device, calls: int = 1) -> float:
+    synchronize = partial(torch.get_device_module(device).synchronize, device)  # a GPU works on after a call returns
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def bytes_read(model) -> int:
+    """The weights that one token reads: all but the embedding, unless it is also the head, and experts not chosen."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    idle = 0 if head is embedding else embedding.nbytes
+    for module in [module for stage in stages(model) for module in stage.readers + stage.writers]:
+        if isinstance(module, slicegpt.Expert):  # of_all[0] has the weights of all experts of the layer
+            idle += module.weight.nbytes * (1 - model.config.num_experts_per_tok / len(module.of_all[0]))
+    return round(sum(weight.nbytes for weight in model.parameters()) - idle)
 
 
 def throughput(args):
     """A.6: tokens per second in the middle of sequences of --seqlen, in batches of 1, 2, 4, ...
 
-    The batch is doubled until the speed drops, memory runs out ("-"), or it is --max-batch-size. of best dense: of the
-    dense network's best.
+    They grow until the speed drops, memory runs out ("-"), or to --max-batch-size. of best dense: of the dense best.
     """
     prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
     best_dense = None
     for sparsity in (None, *args.sparsities):  # and not in turns, so that each network has the memory to itself
-        model = build(args.shape, args.layers, args.dtype, args.device, sparsity)
-        best, batch = 0, 1
-        while batch <= args.max_batch_size:
+        model, best = build(args.shape, args.layers, args.dtype, args.device, sparsity), 0
+        for batch in [2**power for power in range(args.max_batch_size.bit_length())]:
             prompt = torch.randint(10, 1000, (batch, prompt_length), device=args.device)
             try:
                 seconds = in_turns([decoder(model, prompt)], args.tokens, args.device, "decoding")
@@ -193,9 +168,8 @@ def throughput(args):
                    "tokens/s": speed, "of best dense": speed / best_dense if speed and best_dense else None}
             if speed is None or speed < best:
                 break
-            best, batch = speed, 2 * batch
-        if sparsity is None:
-            best_dense = best
+            best = speed
+        best_dense = best_dense or best
         del model  # before the next is built
 
 
@@ -210,20 +184,19 @@ def ops(args):
     if "experts" in slicegpt.architecture(dense.config).ffn.W_in:
         raise SliceGPTError("the products of experts are not measured here")
 
-    def row(operation, tokens, dense=None, sliced=None, sparse=None):
+    def row(operation, tokens, ms):
+        dense, sliced, sparse = map(ms.get, ("dense", "sliced", "2:4"))
         return {"operation": operation, "tokens": tokens, "dense": dense, "sliced": sliced, "2:4": sparse,
-                "sliced/dense": sliced / dense if dense else None, "2:4/dense": sparse / dense if sparse else None}
+                "sliced/dense": dense and sliced / dense, "2:4/dense": sparse and sparse / dense}
 
     for tokens in args.batch_sizes:
         calls, measured = 20 if tokens < 64 else 1, []
         for operation, works in products(dense, sliced, tokens):
             seconds = in_turns(list(works.values()), args.repeat, args.device, operation, calls).quantile(0.5, dim=1)
             measured.append(dict(zip(works, (1e3 * seconds).tolist())))
-            yield row(operation, tokens, **measured[-1])
-        kinds = ["dense", "sliced"]
-        if all("sparse" in ms for ms in measured if "dense" in ms):  # or else it would be a sum of some only
-            kinds.append("sparse")
-        yield row("all", tokens, **{kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
+            yield row(operation, tokens, measured[-1])
+        kinds = ["dense", "sliced"] + ["2:4"] * all("2:4" in ms for ms in measured if "dense" in ms)  # no sum of some
+        yield row("all", tokens, {kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
 
 
 def products(dense, sliced, tokens: int):
@@ -231,56 +204,115 @@ def products(dense, sliced, tokens: int):
     random = partial(torch.randn, dtype=dense.dtype, device=dense.device)
     for before, after in zip(stages(dense), stages(sliced)):
         for path in [path for block in before.blocks for path in f"{block.W_in} {block.W_out}".split()]:
-            linear, narrow = before.layer.get_submodule(path), after.layer.get_submodule(path)
-            x = random(tokens, linear.in_features)
-            works = {"dense": partial(linear, x), "sliced": partial(narrow, random(tokens, narrow.in_features))}
+            wide, narrow = before.layer.get_submodule(path), after.layer.get_submodule(path)
+            X = random(tokens, wide.in_features)
+            works = {"dense": partial(wide, X), "sliced": partial(narrow, random(tokens, narrow.in_features))}
             with contextlib.suppress(RuntimeError):  # torch has it on some devices, for some types
-                mask = torch.tensor([0, 0, 1, 1]).repeat(linear.in_features // 4).to(linear.weight)
-                W = torch.sparse.to_sparse_semi_structured(linear.weight * mask)
-                F.linear(x, W, linear.bias)
-                works["sparse"] = partial(F.linear, x, W, linear.bias)
+                mask = torch.tensor([0, 0, 1, 1]).repeat(wide.in_features // 4).to(wide.weight)
+                W = torch.sparse.to_sparse_semi_structured(wide.weight * mask)
+                torch.nn.functional.linear(X, W, wide.bias)
+                works["2:4"] = partial(torch.nn.functional.linear, X, W, wide.bias)
             yield path, works
-        X = random(tokens, len(after.shortcut))
-        yield after.shortcut_name, {"sliced": partial(torch.matmul, X, after.shortcut)}
+        yield after.shortcut_name, {"sliced": partial(random(tokens, len(after.shortcut)).matmul, after.shortcut)}
 
 
 def cost(args):
     """Table 3: seconds, and GB of memory at the peak, of slicing, and of RFT on --finetune sequences (0: no RFT).
 
-    forward: one pass of the same tokens through the dense network. Medians of --repeat runs, after one to warm up.
+    forward: one pass of the same tokens through the dense network. All is done twice, and measured the second time.
     """
     if args.finetune:
         slicegpt.optional("peft")  # raises before the work, if it is not installed
-    for shape, samples in itertools.product(args.shapes, args.samples):
-        runs = [cost_of_one(args, shape, samples) for _ in range(1 + args.repeat)][1:]
-        costs = {key: median(run[key] for run in runs) for key in runs[0]}
-        yield {"shape": shape, "samples": samples, "tokens": samples * args.seqlen} | costs
-
-
-def cost_of_one(args, shape: str, samples: int) -> dict:
-    model = build(shape, args.layers, args.dtype, args.device)
-    tokens, tokens_of_rft = (torch.randint(10, 1000, (number, args.seqlen)) for number in (samples, args.finetune))
 
     def forward():
         for batch in tokens.split(args.batch_size):
             model(batch.to(args.device), use_cache=False)
 
-    works = {"forward": forward}  # in this order: what is fine-tuned is sliced
-    works["slicing"] = partial(slice_model, model, tokens, args.sparsity, batch_size=args.batch_size)
-    if args.finetune:
-        works["RFT"] = partial(torch.enable_grad()(slicegpt.finetune), model, tokens_of_rft)
-    costs = {}
-    for name, work in works.items():
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
-        with contextlib.suppress(OSError):  # Linux only; elsewhere a process's peak is that since its beginning
-            Path("/proc/self/clear_refs").write_text("5")
-        costs[f"{name} s"] = seconds_of(work, args.device)
-        costs[f"{name} GB"] = slicegpt.peak_memory(args.device) / 1e9
-    return costs | {"slicing/forward": costs["slicing s"] / costs["forward s"]}
+    for shape, samples in itertools.product(args.shapes, args.samples):
+        tokens, tokens_of_rft = (torch.randint(10, 1000, (number, args.seqlen)) for number in (samples, args.finetune))
+        row = {"shape": shape, "samples": samples, "tokens": tokens.numel()}
+        for _ in ("warm up", "measure"):
+            model = works = work = None  # lets go of the network before, whose memory would count
+            model = build(shape, args.layers, args.dtype, args.device)
+            works = {"forward": forward,
+                     "slicing": partial(slice_model, model, tokens, args.sparsity, batch_size=args.batch_size)}
+            if args.finetune:  # last, as what is fine-tuned is sliced
+                works["RFT"] = partial(torch.enable_grad()(slicegpt.finetune), model, tokens_of_rft)
+            for name, work in works.items():
+                if args.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(args.device)
+                with contextlib.suppress(OSError):  # Linux only; elsewhere a process's peak is that since its beginning
+                    Path("/proc/self/clear_refs").write_text("5")
+                row[f"{name} s"] = seconds_of(work, args.device)
+                row[f"{name} GB"] = slicegpt.peak_memory(args.device) / 1e9
+        yield row | {"slicing/forward": row["slicing s"] / row["forward s"]}
 
 
 # ---- Quality --------------------------------------------------------------------------------------------------------
+# the methods of Table 1, with the sparsity that slices, and the paper's perplexities in the same order
+METHODS = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {share:.0%}": share for share in (0.1, 0.2, 0.25, 0.3)}
+TABLE_1 = {
+    "opt-125m": (27.64, 45.07, 29.34, 34.26, 37.74, 43.98), "opt-1.3b": (14.61, 29.61, 15.10, 16.43, 17.46, 19.09),
+    "opt-2.7b": (12.46, 14.90, 12.75, 13.73, 14.56, 15.83), "opt-6.7b": (10.85, 13.00, 10.92, 11.48, 11.90, 12.51),
+    "opt-13b": (10.12, 11.80, 10.27, 10.66, 10.94, 11.33), "opt-30b": (9.56, 10.53, 9.65, 9.87, 10.04, 10.27),
+    "opt-66b": (9.33, 10.22, 9.43, 9.57, 9.68, 9.85), "llama-2-7b": (5.47, 8.69, 5.89, 6.64, 7.24, 8.12),
+    "llama-2-13b": (4.88, 7.07, 5.21, 5.81, 6.30, 6.99), "llama-2-70b": (3.32, 4.98, 3.69, 4.25, 4.60, 5.05)}
+
+
+def table1(args):
+    """Table 1: perplexity of --models (or --model), known by the names of their directories; beside it the paper's.
+
+    But for other settings than the paper's, --samples 1024 and the defaults of sequences of 2048, there is "-".
+    """
+    for name in args.models or [args.model]:
+        own = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as the defaults depend on the model
+        model, inputs, where = read_model(own)
+        settings = (own.calibration, own.samples, own.eval, own.eval_samples, own.seqlen)
+        as_in_paper = settings == (["wikitext2"], 1024, ["wikitext2"], None, 2048)
+        published = TABLE_1.get(Path(name).name.lower().removesuffix("-hf")) if as_in_paper else None
+        for (method, sparsity), paper in zip(METHODS.items(), published or [None] * len(METHODS)):
+            network = copy.deepcopy(model)
+            if method == "SparseGPT 2:4":
+                sparsegpt(network, inputs.calibration, **where)
+            elif method != "dense":
+                slice_model(network, inputs.calibration, sparsity, **where)
+            with slicegpt.placed(network, inputs.device):
+                found = slicegpt.perplexities(network, inputs)
+            yield {"model": name, "method": method, "sparsity": sparsity} | found | {"paper": paper}
+
+
+@torch.no_grad()
+def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
+    """SparseGPT 2:4 (Frantar and Alistarh 2023, arXiv 2301.00774), in place; returns how many weights are now zero.
+
+    The matrices of a layer, of attention and FFN, are pruned together, on what they read behind the pruned layers.
+    """
+    parts = slicegpt.architecture(model.config)
+    attention, ffn = parts.attention, parts.ffn
+    if "experts" in ffn.W_in:
+        raise SliceGPTError("SparseGPT prunes no experts here")
+    zeros = 0
+    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
+        if stage is None or attention not in stage.blocks:
+            continue  # the head, which stays, or an FFN, which is pruned with its layer's attention
+        linears = slicegpt.submodules(stage.layer, f"{attention.W_in} {attention.W_out} {ffn.W_in} {ffn.W_out}")
+        H = dict.fromkeys(linears, 0)
+
+        def add(linear, inputs):
+            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
+
+        hooks = [linear.register_forward_pre_hook(add) for linear in linears]
+        for batch in X.split(batch_size):
+            stage.layer(batch.to(device), *stage.args, **stage.kwargs)
+        for hook in hooks:
+            hook.remove()
+        for linear in linears:
+            slicegpt.set_matrix(linear, prune(slicegpt.matrix(linear), H.pop(linear)))  # the bias stays
+            zeros += linear.weight.numel() // 2
+        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
+    return zeros
+
+
 def prune(W: Tensor, H: Tensor, damping: float = 0.01) -> Tensor:
     """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
 
@@ -304,88 +336,10 @@ def prune(W: Tensor, H: Tensor, damping: float = 0.01) -> Tensor:
     return W
 
 
-@torch.no_grad()
-def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
-    """Frantar and Alistarh 2023 (arXiv 2301.00774): zeroes 2 of every 4 weights, in place; returns how many in all.
-
-    The matrices of a layer, of attention and FFN, are pruned together, on what they read behind the pruned layers.
-    """
-    parts = slicegpt.architecture(model.config)
-    if "experts" in parts.ffn.W_in:
-        raise SliceGPTError("SparseGPT prunes no experts here")
-    zeros = 0
-    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
-        if stage is None or parts.attention not in stage.blocks:
-            continue  # the head, which stays, or an FFN, which is pruned with its layer's attention
-        linears = slicegpt.submodules(stage.layer, " ".join(
-            f"{block.W_in} {block.W_out}" for block in (parts.attention, parts.ffn)))
-        H = dict.fromkeys(linears, 0)
-
-        def add(linear, inputs):
-            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
-
-        hooks = [linear.register_forward_pre_hook(add) for linear in linears]
-        for x in X.split(batch_size):
-            stage.layer(x.to(device), *stage.args, **stage.kwargs)
-        for hook in hooks:
-            hook.remove()
-        for linear in linears:
-            slicegpt.set_matrix(linear, prune(slicegpt.matrix(linear), H.pop(linear)))  # the bias stays
-            zeros += linear.weight.numel() // 2
-        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
-    return zeros
-
-
-def read_model(args, sliced_too: bool = False) -> tuple:
-    """(model, slicegpt.Inputs, {batch_size, device} of slicing) of the options; fills in the device and dtype there."""
-    inputs = slicegpt.read_inputs(args)
-    if inputs.calibration is None and not sliced_too:
-        raise SliceGPTError(f"{args.model} is sliced already")
-    model = torch.enable_grad()(slicegpt.load)(args.model, inputs.dtype)[0].eval()  # as "demo" is trained on the spot
-    if inputs.calibration is not None:
-        inputs.calibration = slicegpt.with_own_text(args, inputs, inputs.calibration, args.samples, model)
-    args.device, args.dtype = inputs.device, str(model.dtype).removeprefix("torch.")
-    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
-
-
-# the methods of Table 1, with the sparsity that slices
-METHODS = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {share:.0%}": share for share in (0.1, 0.2, 0.25, 0.3)}
-TABLE_1 = {  # the paper's perplexities, in the order of METHODS
-    "opt-125m": (27.64, 45.07, 29.34, 34.26, 37.74, 43.98), "opt-1.3b": (14.61, 29.61, 15.10, 16.43, 17.46, 19.09),
-    "opt-2.7b": (12.46, 14.90, 12.75, 13.73, 14.56, 15.83), "opt-6.7b": (10.85, 13.00, 10.92, 11.48, 11.90, 12.51),
-    "opt-13b": (10.12, 11.80, 10.27, 10.66, 10.94, 11.33), "opt-30b": (9.56, 10.53, 9.65, 9.87, 10.04, 10.27),
-    "opt-66b": (9.33, 10.22, 9.43, 9.57, 9.68, 9.85), "llama-2-7b": (5.47, 8.69, 5.89, 6.64, 7.24, 8.12),
-    "llama-2-13b": (4.88, 7.07, 5.21, 5.81, 6.30, 6.99), "llama-2-70b": (3.32, 4.98, 3.69, 4.25, 4.60, 5.05)}
-
-
-def table1(options):
-    """Table 1: perplexity of --models (or --model); beside it the paper's, if model and settings are the paper's.
-
-    Those are --samples 1024, and for all else the defaults, with sequences of 2048; models are known by the names of
-    their directories.
-    """
-    for name in options.models or [options.model]:
-        args = argparse.Namespace(**vars(options) | {"model": name})  # the defaults depend on the model
-        model, inputs, where = read_model(args)
-        settings = (args.calibration, args.samples, args.eval, args.eval_samples, args.seqlen, args.round_to)
-        as_in_paper = settings == (["wikitext2"], 1024, ["wikitext2"], None, 2048, 8)
-        published = TABLE_1.get(Path(name).name.lower().removesuffix("-hf")) if as_in_paper else None
-        for (method, sparsity), paper in zip(METHODS.items(), published or [None] * len(METHODS)):
-            network = copy.deepcopy(model)
-            if sparsity is None:
-                sparsegpt(network, inputs.calibration, **where)
-            elif sparsity:
-                slice_model(network, inputs.calibration, sparsity, round_to=args.round_to, **where)
-            with slicegpt.placed(network, inputs.device):
-                found = slicegpt.perplexities(network, inputs)
-            yield {"model": name, "method": method, "sparsity": sparsity} | found | {"paper": paper}
-
-
 def tasks(args):
     """Figure 5: zero-shot accuracy (LM Evaluation Harness) of a model and of its slice, or of one sliced already.
 
-    Normalised by the answers' length (acc_norm) where a task has that, as in the authors' code. A group or tag stands
-    for its tasks.
+    Normalised by the answers' length (acc_norm) where a task has that, as in the authors' code. A group is its tasks.
     """
     manager = slicegpt.optional("lm_eval.tasks").TaskManager(include_path=args.tasks_path)
     model, inputs, where = read_model(args, sliced_too=True)
@@ -404,7 +358,7 @@ def tasks(args):
             accuracies.append(result[f"{metric},none"])
             yield {"network": network, "task": name, "metric": metric, "accuracy": accuracies[-1],
                    "standard error": result[f"{metric}_stderr,none"]}
-        yield {"network": network, "task": "average", "accuracy": mean(accuracies)}
+        yield {"network": network, "task": "average", "accuracy": sum(accuracies) / len(accuracies)}
 
 
 def spectrum(args):
@@ -424,82 +378,84 @@ def spectrum(args):
             yield {"layer": stage.number} | kept | {"eigenvalues": (eigenvalues / eigenvalues[0]).tolist()}
 
 
+def draw_spectrum(rows: list[dict], panel):
+    """Figure 8: the eigenvalues on a log scale, a line for each layer, from dark to light."""
+    for row in rows:
+        colour = slicegpt.optional("matplotlib").colormaps["viridis"](0.9 * row["layer"] / len(rows))
+        panel.plot(row["eigenvalues"], color=colour, label=f"layer {row['layer']}")
+    panel.set(xlabel="direction", ylabel="eigenvalue / the largest", yscale="log", ylim=(1e-6, 2))  # less is rounding
+
+
 def quality(args):
-    """Perplexity, size and time of every method at every size.
+    """Beyond the paper: perplexity, size and time of every method at every size.
 
     Networks with one Q for all blocks have --params, if given; else, and with a Q for each block always, --sparsities.
-    learned: Q is improved by --learn steps of descent. tied: embedding and head stay one matrix. Of SparseGPT 2:4,
-    parameters are those that are not zero, bytes those of a 2:4 format, the time that of dense products. --formats:
-    weights are rounded to formats of llama.cpp, most of which need --round-to 32; sliced networks, but not the dense
-    one, were rotated at random before, as weights of similar size lose less by it.
+    learned: that Q is improved by --learn steps of descent. tied: embedding and head stay one matrix. ms/token: as in
+    `latency`, behind up to 128 tokens. SparseGPT 2:4: its parameters are those that are not zero, its bytes those of a
+    2:4 format, its time that of dense products. --formats: weights are rounded to formats of llama.cpp, most of which
+    need --round-to 32; sliced networks were rotated at random before, as weights of similar size lose less by it.
     """
     model, inputs, where = read_model(args)
-    widths = {args.round_to, *(W.shape[-1] for W in model.parameters() if W.dim() > 1)}
-    for format, width in itertools.product(args.formats, widths):
-        rounded(torch.zeros(1, width), format)  # raises, before the work, for rows that the format cannot have
+    for format in args.formats:
+        rounded(torch.zeros(1, args.round_to), format)  # raises, before the work, for rows that the format cannot have
     model.to(inputs.device)
-    networks = by_every_method(args, model, inputs.calibration, where)
-    prompt = torch.randint(model.config.vocab_size, (1, min(128, args.seqlen // 2)), device=inputs.device)
+    prompt = inputs.evaluation["perplexity"][:1, :min(128, args.seqlen // 2)].to(inputs.device)
     rounds = max(1, min(50, args.seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
-    seconds = in_turns([decoder(network, prompt) for _, network, _ in networks], rounds, inputs.device, "decoding")
-    for (method, network, zeros), times in zip(networks, seconds):
+    for method, network, zeros in networks_to_compare(args, model, inputs.calibration, where):
+        gc.collect()  # frees the network before the last one, see `build`
+        works = [decoder(each, prompt) for each in ([model] if network is model else [model, network])]
+        seconds = in_turns(works, rounds, inputs.device, "decoding")
         left = parameters(network) - zeros
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1], "parameters": left,
                "of dense parameters": left / parameters(model), "GB/token": (bytes_read(network) - saved) / 1e9,
-               "ms/token": 1e3 * times.quantile(0.5).item(), "of dense": (times / seconds[0]).quantile(0.5).item()}
+               "ms/token": 1e3 * seconds[-1].quantile(0.5).item(),
+               "of dense": (seconds[-1] / seconds[0]).quantile(0.5).item()}
         row |= slicegpt.perplexities(network, inputs)
         for format in args.formats if not zeros else ():
             stored = copy.deepcopy(network)
-            for W in stored.parameters():
-                if W.dim() > 1:
-                    W.copy_(rounded(W, format)[0])
+            for W in [W for W in stored.parameters() if W.dim() > 1]:
+                W.copy_(rounded(W, format)[0])
             bytes_per_weight = rounded(torch.zeros(1, 256), format)[1]
             row[f"{format} GB/token"] = row["GB/token"] * bytes_per_weight / network.dtype.itemsize
             row |= {f"{format} {name}": found for name, found in slicegpt.perplexities(stored, inputs).items()}
         yield row
 
 
-def by_every_method(args, model, calibration, where) -> list[tuple]:
-    """(method, network, number of weights that are pruned), for `quality`. Raises, before the work, for bad sizes."""
+def networks_to_compare(args, model, calibration, where):
+    """(method, network, its number of pruned weights), one by one, for `quality`. Bad sizes raise before the first."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, args.round_to) for sparsity in args.sparsities]
-    sizes = {}  # of the networks with one Q for all
-    for head in ["sliced", "tied"] if tied else ["sliced"]:
-        by_params = [dimension_for(model.config, share, args.round_to, "shared", head) for share in args.params]
-        sizes[head] = by_params or by_sparsity
+    by_params = {head: [dimension_for(model.config, share, args.round_to, "shared", head) for share in args.params]
+                 for head in (["sliced", "tied"] if tied else ["sliced"])}
 
     def random_rotation(d: int) -> Tensor:  # it changes nothing but the rounding (Theorem 1)
         return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
 
-    sparse = copy.deepcopy(model)
-    networks = [("dense", model, 0), ("SparseGPT 2:4", sparse, sparsegpt(sparse, calibration, **where))]
+    @cache  # tied or not, networks of one size have one Q
+    def learned(columns: int) -> Tensor:
+        learn = torch.enable_grad()(slicegpt.learn_rotation)
+        return learn(fused, calibration, Q[:, :columns], args.learn, seed=args.seed)
+
+    yield "dense", model, 0
+    network = copy.deepcopy(model)
+    yield "SparseGPT 2:4", network, sparsegpt(network, calibration, **where)
     for sparsity in args.sparsities:
         network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=args.round_to, **where)
         slicegpt.rotate(network, [random_rotation(d) for d in network.config.slicegpt["dimensions"]])
-        networks.append(("block", network, 0))
+        yield "block", network, 0
     fused = copy.deepcopy(model)
     Q = slicegpt.shared_rotation(fused, calibration, **where)
-
-    @cache  # tied or not, networks of one sparsity have one Q
-    @torch.enable_grad()
-    def learned(columns: int) -> Tensor:
-        return slicegpt.learn_rotation(fused, calibration, Q[:, :columns], args.learn, seed=args.seed)
-
-    for head, dimensions in sizes.items():
-        for d in dimensions:
-            columns = slicegpt.columns_to_keep(model.config, d, head)
-            rotations = {"shared": Q[:, :columns]}
-            if args.learn:
-                rotations["shared, learned"] = learned(columns)
-            for method, rotation in rotations.items():
+    for head, dimensions in by_params.items():
+        for columns in [slicegpt.columns_to_keep(model.config, d, head) for d in dimensions or by_sparsity]:
+            for method in ["shared", "shared, learned"] if args.learn else ["shared"]:
+                rotation = learned(columns) if method == "shared, learned" else Q[:, :columns]
                 network = copy.deepcopy(fused)
                 slicegpt.rotate(network, rotation @ random_rotation(columns))
                 if head == "tied":
                     slicegpt.tie_head(network, calibration)
                     method += ", tied"
-                networks.append((method, slicegpt.standard(network)[0], 0))
-    return networks
+                yield method, slicegpt.standard(network)[0], 0
 
 
 def rounded(W: Tensor, format: str) -> tuple[Tensor, float]:
@@ -511,49 +467,91 @@ def rounded(W: Tensor, format: str) -> tuple[Tensor, float]:
         return torch.from_numpy(gguf.quants.dequantize(stored, number)), stored.nbytes / W.numel()
 
 
-# ---- The table, the plot and the command line -----------------------------------------------------------------------
-def show(args, rows: list[dict]):
-    """Prints the last row; in front of the first, the options and a heading."""
-    def text(value) -> str:
-        if isinstance(value, str | None):
-            return value or "-"
-        return f"{value:,d}" if isinstance(value, int) else f"{value:.3f}"
-
-    keys = [key for key, value in rows[0].items() if not isinstance(value, list)]
-    formats = ["<21" if isinstance(rows[0][key], str) else f">{max(len(key), 1 + len(text(rows[0][key])))}"
-               for key in keys]
-    if len(rows) == 1:
-        given = ", ".join(f"{name} {value}" for name, value in vars(args).items()
-                          if name not in ("command", "axes", "json", "plot") and value not in (None, []))
-        on = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-        print(f"{args.command.__name__}: {given}\ntorch {torch.__version__}, transformers {transformers.__version__}, "
-              f"{on}", "  ".join(map(format, keys, formats)), sep="\n")
-    print("  ".join(map(format, [text(rows[-1].get(key)) for key in keys], formats)), flush=True)
+def draw_quality(rows: list[dict], panel):
+    """Perplexity over parameters, a curve for each method."""
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row["parameters"], row["perplexity"]) for row in rows if row["method"] == method)
+        panel.plot(*zip(*points), marker="o", label=method)
+    panel.set(xlabel="parameters", ylabel="perplexity", yscale="log")
 
 
-def draw(rows: list[dict], path: Path, label: str, x: str, y: str, x_scale: str = "linear"):
-    """A plot of the column y over the column x, with a curve for each value of the column `label`."""
-    curves = {row[label]: [] for row in rows}
-    for row in rows:
-        points = enumerate(row[y]) if isinstance(row[y], list) else [(row[x], row[y])]  # a spectrum has its own x
-        curves[row[label]] += [(a, b) for a, b in points if None not in (a, b) and b > 1e-6]  # less is rounding
-    figure = slicegpt.optional("matplotlib.figure").Figure(layout="tight")
-    panel = figure.subplots()
-    colours = slicegpt.optional("matplotlib").colormaps["viridis"](torch.linspace(0, 0.9, len(curves)).numpy())
-    for (name, points), colour in zip(curves.items(), colours):
-        panel.plot(*zip(*sorted(points)), marker=".", label=name, color=colour)
-    panel.set(xlabel=x, ylabel=y, xscale=x_scale, yscale="log")
-    panel.legend(fontsize="x-small", ncols=1 + len(curves) // 12)
-    figure.savefig(path, format="png")
+def read_model(args, sliced_too: bool = False) -> tuple:
+    """(model, slicegpt.Inputs, {batch_size, device} of slicing) of the options; fills in the device and dtype there."""
+    inputs = slicegpt.read_inputs(args)
+    if inputs.calibration is None and not sliced_too:
+        raise SliceGPTError(f"{args.model} is sliced already")
+    model = torch.enable_grad()(slicegpt.load)(args.model, inputs.dtype)[0].eval()  # as "demo" is trained on the spot
+    if inputs.calibration is not None:
+        inputs.calibration = slicegpt.with_own_text(args, inputs, inputs.calibration, args.samples, model)
+    args.device, args.dtype = inputs.device, str(model.dtype).removeprefix("torch.")
+    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+def main(argv=None) -> int:
+    """Runs a command; returns its exit code, see `slicegpt.exit_code`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
+    natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
+    add = {}  # the add_argument of each command
+    for command in (latency, throughput, ops, cost, table1, tasks, spectrum, quality):
+        subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
+        subparser.set_defaults(command=command, plot=None)
+        add[command] = subparser.add_argument
+        add[command]("--json", type=Path, metavar="FILE", help="write the rows here, as they are measured")
+    for command in (spectrum, quality):
+        add[command]("--plot", type=Path, metavar="FILE.png", help="draw the rows here (needs matplotlib)")
+    for command in (table1, tasks, spectrum, quality):
+        slicegpt.add_inputs(add[command])
+    for command in (latency, throughput, ops, cost):
+        add[command]("--device", help="default: cuda, if there is one")
+        add[command]("--dtype", choices=["float64", "float32", "float16", "bfloat16"],
+                     help="type of the weights (default: float32 on a CPU, else float16)")
+    for command in (latency, throughput, ops):
+        add[command]("--shape", choices=SHAPES, default="opt-125m", help="the network (default: opt-125m)")
+    for command in (latency, throughput, cost):
+        add[command]("--layers", type=natural, default=0, help="give networks so many (default: 0, which is all)")
+    for command in (latency, ops, cost, tasks):
+        add[command]("--sparsity", type=share, default=0.25, help="share of dimensions to delete (default: 0.25)")
+    for command, these in ((throughput, [0.25, 0.5]), (quality, [0.1, 0.2, 0.3])):
+        add[command]("--sparsities", type=share, nargs="+", default=these, help=f"shares to delete (default: {these})")
+
+    add[latency]("--batch-size", type=positive, default=1, help="sequences at a time (default: 1)")
+    add[latency]("--prompt-lengths", type=positive, nargs="+", default=[128, 512], help="in tokens (default: 128 512)")
+    add[latency]("--tokens", type=positive, default=50, help="tokens to time behind a prompt (default: 50)")
+    add[latency]("--compile", action="store_true", help="by torch.compile: on a GPU, a token is one CUDA graph")
+    add[throughput]("--max-batch-size", type=positive, default=1024, help="the largest to try (default: 1024)")
+    add[throughput]("--seqlen", type=positive, default=128, help="tokens of a sequence (default: 128)")
+    add[throughput]("--tokens", type=positive, default=16, help="of these, in the middle, timed ones (default: 16)")
+    add[ops]("--batch-sizes", type=positive, nargs="+", default=[1, 2048], help="rows of the signal (default: 1 2048)")
+    add[ops]("--repeat", type=positive, default=50, help="rounds, whose median is printed (default: 50)")
+    add[cost]("--shapes", choices=SHAPES, nargs="+", default=["opt-125m", "opt-350m-like", "opt-1.3b"],
+              help="the networks (default: opt-125m opt-350m-like opt-1.3b)")
+    add[cost]("--samples", type=positive, nargs="+", default=[4, 8], help="calibration sequences (default: 4 8)")
+    add[cost]("--seqlen", type=positive, default=512, help="tokens per sequence (default: 512)")
+    add[cost]("--batch-size", type=positive, default=8, help="calibration sequences at a time (default: 8)")
+    add[cost]("--finetune", type=natural, default=4, help="sequences of RFT, 0 for none (default: 4)")
+    add[table1]("--models", nargs="+", default=[], help="several, instead of --model")
+    add[tasks]("--tasks", default="piqa,winogrande,hellaswag,arc_easy,arc_challenge", help="default: the paper's five")
+    add[tasks]("--tasks-path", metavar="DIR", help="more tasks, as YAML files")
+    add[tasks]("--limit", type=natural, default=0, help="questions of each task (default: 0, which is all)")
+    add[quality]("--params", type=float, nargs="+", default=[], help="shares of parameters to keep, by one Q for all")
+    add[quality]("--round-to", type=positive, default=8, help="dimensions are multiples of this (default: 8)")
+    add[quality]("--learn", type=natural, default=0, help="steps that improve one Q for all (default: 0, none)")
+    add[quality]("--formats", nargs="+", default=[], help="to round to, too, such as Q8_0 Q4_0 (needs gguf)")
+    args = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["latency"])
+    return slicegpt.exit_code("bench", partial(run, args))
 
 
 def run(args):
-    """Runs a command, and shows and writes each row that it yields."""
+    """Runs a command: prints and writes each row as soon as it is measured, and in the end draws them all."""
     for path in filter(None, (args.json, args.plot)):
         with slicegpt.failing(f"cannot write {path}"):
-            open(path, "a").close()  # fails now, rather than after the work
-    if args.plot:
-        slicegpt.optional("matplotlib")  # raises now, likewise
+            open(path, "a").close()  # fails now, rather than after the work, as does the next import
+    figure = slicegpt.optional("matplotlib.figure").Figure(layout="tight") if args.plot else None
+    args.device = slicegpt.find_device(args.device)
+    if args.dtype is None and "model" not in args:  # of a model, `read_model` finds it
+        args.dtype = "float32" if args.device.type == "cpu" else "float16"
     torch.manual_seed(0)
     rows = []
     with torch.no_grad():  # except where something is trained
@@ -562,54 +560,30 @@ def run(args):
             show(args, rows)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    if args.plot:
-        draw(rows, args.plot, *args.axes)
+    if figure:
+        panel = figure.subplots()
+        (draw_spectrum if args.command is spectrum else draw_quality)(rows, panel)
+        panel.legend(fontsize="x-small", ncols=1 + len(panel.lines) // 12)
+        figure.savefig(args.plot, format="png")
 
 
-def main(argv=None) -> int:
-    """Runs a command; returns its exit code, see `slicegpt.exit_code`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
-    natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    choices = {"shape": SHAPES, "shapes": SHAPES, "dtype": ["float64", "float32", "float16", "bfloat16"]}
+def show(args, rows: list[dict]):
+    """Prints the last row; in front of the first, what was run, and where, and the names of the columns."""
+    def text(value) -> str:
+        if isinstance(value, str | None):
+            return value or "-"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
-    def add(command, axes: tuple, **options):
-        """Adds a command. axes: what `draw` draws. options: its own, as (type, default); a list takes several."""
-        subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
-        subparser.set_defaults(command=command, axes=axes)
-        if command in (latency, throughput, ops, cost):
-            options |= {"device": (slicegpt.find_device, device), "dtype": (str, None)}
-        else:
-            slicegpt.add_inputs(subparser.add_argument)
-        for name, (kind, default) in options.items():
-            subparser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, choices=choices.get(name),
-                                   nargs="+" if isinstance(default, list) else None, help=f"default: {default}")
-        subparser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows (needs matplotlib)")
-        subparser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-        return subparser
-
-    subparser = add(latency, ("network", "prompt", "ms/token"), shape=(str, "opt-125m"), sparsity=(share, 0.25),
-                    layers=(natural, 0), batch_size=(positive, 1), prompt_lengths=(positive, [128, 512]),
-                    tokens=(positive, 50))
-    subparser.add_argument("--compile", action="store_true", help="by torch.compile")
-    add(throughput, ("network", "batch", "tokens/s", "log"), shape=(str, "opt-125m"), sparsities=(share, [0.25, 0.5]),
-        layers=(natural, 0), max_batch_size=(positive, 1024), seqlen=(positive, 128), tokens=(positive, 16))
-    add(ops, ("operation", "tokens", "sliced"), shape=(str, "opt-125m"), sparsity=(share, 0.25),
-        batch_sizes=(positive, [1, 2048]), repeat=(positive, 50))
-    add(cost, ("shape", "tokens", "slicing s", "log"), shapes=(str, ["opt-125m", "opt-350m-like", "opt-1.3b"]),
-        sparsity=(share, 0.25), layers=(natural, 0), batch_size=(positive, 8), samples=(positive, [4, 8]),
-        seqlen=(positive, 512), finetune=(natural, 4), repeat=(positive, 1))
-    add(table1, ("model", "sparsity", "perplexity"), models=(str, []), round_to=(positive, 8))
-    add(tasks, ("network", "task", "accuracy"), tasks=(str, "piqa,winogrande,hellaswag,arc_easy,arc_challenge"),
-        sparsity=(share, 0.25), limit=(natural, 0), tasks_path=(str, None))
-    add(spectrum, ("layer", "direction", "eigenvalues"))
-    add(quality, ("method", "parameters", "perplexity"), sparsities=(share, [0.1, 0.2, 0.3]), params=(float, []),
-        round_to=(positive, 8), learn=(natural, 0), formats=(str, []))
-    args = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["latency"])
-    if args.dtype is None and args.command in (latency, throughput, ops, cost):
-        args.dtype = "float32" if args.device.type == "cpu" else "float16"
-    return slicegpt.exit_code("bench", partial(run, args))
+    columns = {key: "<21" if isinstance(value, str) else f">{max(9, len(key))}"  # words stand left, and numbers right
+               for key, value in rows[0].items() if not isinstance(value, list)}
+    if len(rows) == 1:
+        options = ", ".join(f"{name} {value}" for name, value in vars(args).items()
+                            if name not in ("command", "json", "plot") and value not in (None, []))
+        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
+        print(f"{args.command.__name__}: {options}")
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {device}")
+        print(*map(format, columns, columns.values()), sep="  ")
+    print(*(format(text(rows[-1].get(key)), column) for key, column in columns.items()), sep="  ", flush=True)
 
 
 if __name__ == "__main__":
