@@ -937,6 +937,14 @@ def test_a_models_own_text_begins_with_the_token_that_separates_texts_or_begins_
     assert own_text(tiny_network(), tokenizer, 2, 3)[:, 0].tolist() == [30, 30]
 
 
+def test_steps_of_training_grow_for_three_tenths_of_them_and_then_shrink():
+    """With a gradient that is always the same, AdamW's steps are the learning rate (0.001 here)."""
+    W, places = nn.Parameter(torch.zeros(1)), []
+    slicegpt.descend([W], range(10), lambda _: places.append(W.item()) or -W.sum(), 0.001, "training")
+    steps = [1000 * (after - before) for before, after in zip(places, [*places[1:], W.item()])]
+    assert steps == pytest.approx([1 / 3, 2 / 3, 1, 1, *(i / 7 for i in range(6, 0, -1))], rel=1e-3)
+
+
 @needs("peft")
 @a_few(st.sampled_from(WAYS), st.sampled_from([torch.float32, torch.bfloat16]), SEEDS, double=False)
 def test_finetuning_lowers_the_loss_on_its_text_and_leaves_a_model_of_the_same_kind(model, way, dtype, seed):
