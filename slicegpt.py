@@ -79,6 +79,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -516,6 +517,14 @@ def architecture(config) -> Architecture:
 
 # ---- Stages, and their weights --------------------------------------------------------------------------------------
 
+class BlockModules(NamedTuple):
+    """The modules of a block, as they are now."""
+    path: str  # of its norm, in the layer
+    norm: nn.Module
+    readers: list
+    writers: list
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step X <- X + Z: a block of a layer, or its parallel blocks."""
@@ -543,18 +552,17 @@ class Stage:
         Z = sum(Z_of_blocks[1:], Z_of_blocks[0])
         return Z if self.multiplier == 1 else self.multiplier * Z
 
-    def of_each_block(self) -> list[tuple]:
-        """(path of its norm, the norm, its readers, its writers), for each block, as they are now."""
-        return [(block.norm, self.layer.get_submodule(block.norm), submodules(self.layer, block.W_in),
-                 submodules(self.layer, block.W_out)) for block in self.blocks]
+    def of_each_block(self) -> list[BlockModules]:
+        return [BlockModules(block.norm, self.layer.get_submodule(block.norm), submodules(self.layer, block.W_in),
+                             submodules(self.layer, block.W_out)) for block in self.blocks]
 
     @property
     def readers(self) -> list:
-        return [reader for _, _, readers, _ in self.of_each_block() for reader in readers]
+        return [reader for block in self.of_each_block() for reader in block.readers]
 
     @property
     def writers(self) -> list:
-        return [writer for _, _, _, writers in self.of_each_block() for writer in writers]
+        return [writer for block in self.of_each_block() for writer in block.writers]
 
     @property
     def shortcut(self) -> Tensor | None:
@@ -827,7 +835,7 @@ def layer_is_its_stages(stages_of_layer: list[Stage], X: Tensor) -> bool:
     first, dtype = stages_of_layer[0], torch.promote_types(X.dtype, torch.float32)
     device = first.writers[0].weight.device
     first = first.copied(device, dtype)
-    centre = subtracts_mean(first.of_each_block()[0][1])
+    centre = subtracts_mean(first.of_each_block()[0].norm)
 
     def centred(X):
         return X - X.mean(-1, True) if centre else X
