@@ -10,12 +10,14 @@
     python bench.py quality --plot quality.png    # beyond the paper: perplexity, size and time of every way to slice
 
 The first four need no model: networks of published shapes get random weights, as speed does not depend on these. The
-others take a model and texts, by the options of slicegpt.py. Without a command, it is latency of opt-125m. A network is
-dense; or sliced with a Q for each block, the paper's method ("block"); or, beyond the paper, with one Q for all blocks,
-which needs no shortcuts ("shared").
+others take a model and texts, by the options of slicegpt.py. Without a command, it is latency of opt-125m. Networks are
 
-Each command is a function that yields the rows of a table. A row is printed, and written to the file of --json, as soon
-as it is measured, so a long run that ends early keeps what it had. "-" means that there is no such figure.
+    dense   not sliced
+    block   sliced with a Q for each block, which needs shortcuts: the paper's method
+    shared  sliced with one Q for all blocks, which needs none: beyond the paper
+
+Each command is a function that yields the rows of a table. A row is printed, and written to --json, as soon as it is
+measured. "-": no such figure. All runs without gradients (see `run`), but for what trains, by torch.enable_grad.
 """
 import argparse
 import contextlib
@@ -48,7 +50,7 @@ def llama_like(width, layers, heads, kv_heads, ffn, vocabulary=32000, family="ll
 
 
 SHAPES = {  # name: Hugging Face's model_type, and options of its config
-    "opt-125m": opt(768, 12, 12), "opt-350m-like": opt(1024, 24, 16),  # the real one has norms behind its blocks
+    "opt-125m": opt(768, 12, 12), "opt-350m-like": opt(1024, 24, 16),  # the real one has norms after its blocks
     "opt-1.3b": opt(2048, 24, 32), "opt-2.7b": opt(2560, 32, 32), "opt-6.7b": opt(4096, 32, 32),
     "opt-13b": opt(5120, 40, 40), "opt-30b": opt(7168, 48, 56), "opt-66b": opt(9216, 64, 72),
     "smollm2-135m": llama_like(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True),
@@ -65,10 +67,10 @@ def build(shape: str, layers: int, dtype, device, sparsity: float | None = None,
     with torch.device(device):
         if sparsity is None:
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        d = sliced_dimension(config.hidden_size, sparsity)
+        d = sliced_dimension(config.hidden_size, sparsity)  # of the first signal, and after each attention and FFN
         config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
-        base = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        return slicegpt.standard(slicegpt.sliced_class(base)._from_config(config, dtype=dtype))[0].eval()
+        kind = slicegpt.sliced_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        return slicegpt.standard(kind._from_config(config, dtype=dtype))[0].eval()  # of a Hugging Face class, if it can
 
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
@@ -76,38 +78,39 @@ WARM_UP = 4  # rounds that do not count
 
 
 def latency(args):
-    """Table 2: the time of one token behind a prompt, in ms: median, 10th and 90th percentile over --tokens rounds.
+    """Table 2: the time of one token after a prompt, in ms: median, 10th and 90th percentile over --tokens rounds.
 
-    of dense: the time divided by the dense network's in the same round (median). GB/token: the weights that a token
-    reads. of copy GB/s: the share of the memory's bandwidth that reading them takes, where a copy takes all of it: near
-    1, only fewer bytes make a token faster (gpt-fast's roofline). With --batch-size, a token is one of each sequence.
-    Without --compile, small networks and batches on a GPU measure how fast Python launches kernels.
+    of dense: the time divided by the dense network's in the same round (median). GB/token: the weights that it reads;
+    not the keys and values of earlier tokens, which it reads, too. of copy GB/s: the share of the memory's bandwidth
+    that this takes, where a copy takes all of it: near 1 (for short prompts and small batches), only fewer bytes make a
+    token faster (gpt-fast's roofline). With --batch-size, a token is one of each sequence, and chooses experts at
+    random. Without --compile, small networks and batches on a GPU measure how fast Python launches kernels.
     """
     how = args.shape, args.layers, args.dtype, args.device
     models = {"dense": build(*how), f"block {args.sparsity:.0%}": build(*how, args.sparsity),
               f"shared {args.sparsity:.0%}": build(*how, args.sparsity, shared=True)}
+    sizes = [bytes_read(model, args.batch_size) for model in models.values()]
     source, target = torch.ones(2, 2**28 if args.device.type == "cuda" else 2**25, device=args.device)  # beyond caches
     for length in args.prompt_lengths:
         torch.compiler.reset()  # torch compiles a function for a few shapes only, and then refuses
         prompt = torch.randint(10, 1000, (args.batch_size, length), device=args.device)
-        works = [decoder(model, prompt, args.compile and WARM_UP + args.tokens) for model in models.values()]
-        seconds = in_turns(works + [lambda: target.copy_(source)], args.tokens, args.device, "decoding")
-        bandwidth = 2 * source.nbytes / seconds[-1].quantile(0.5).item()  # a copy reads, and writes
-        for (name, model), times in zip(models.items(), seconds):
+        works = [decoder(model, prompt, args.compile, WARM_UP + args.tokens) for model in models.values()]
+        *seconds, copying = in_turns(works + [lambda: target.copy_(source)], args.tokens, args.device, "decoding")
+        bandwidth = 2 * source.nbytes / copying.quantile(0.5).item()  # a copy reads, and writes
+        for name, size, times in zip(models, sizes, seconds, strict=True):
             ms, p10, p90 = (1e3 * times).quantile(torch.tensor([0.5, 0.1, 0.9]).double()).tolist()
-            size = bytes_read(model)
             yield {"network": name, "prompt": length, "ms/token": ms, "p10": p10, "p90": p90,
                    "of dense": (times / seconds[0]).quantile(0.5).item(), "GB/token": size / 1e9,
-                   "of dense GB": size / bytes_read(models["dense"]), "of copy GB/s": size / (ms / 1e3) / bandwidth}
+                   "of dense GB": size / sizes[0], "of copy GB/s": size / (ms / 1e3) / bandwidth}
 
 
-def decoder(model, prompt: Tensor, compiled_for: int = 0):
-    """A function that decodes one more token behind a prompt (B, N) at each call; if compiled, for so many calls."""
+def decoder(model, prompt: Tensor, compiled: bool = False, calls: int = 0):
+    """A function that decodes one more token after a prompt (B, N) at each call; if compiled, for so many calls."""
     token = prompt[:, :1].clone()  # which one it is makes no difference to the time
-    if not compiled_for:
+    if not compiled:
         past = model(prompt, use_cache=True, logits_to_keep=1).cache
         return lambda: model(token, cache=past, use_cache=True)
-    length = prompt.shape[1] + compiled_for
+    length = prompt.shape[1] + calls
     past = transformers.StaticCache(model.config, max_cache_len=length)
     model(prompt, cache=past, use_cache=True, logits_to_keep=1)
     # all steps have the same shapes, so on a GPU they are one CUDA graph, and Python launches no kernels one by one
@@ -138,80 +141,85 @@ def seconds_of(work, device, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def bytes_read(model) -> int:
-    """The weights that one token reads: all but the embedding, unless it is also the head, and experts not chosen."""
+def bytes_read(model, batch_size: int = 1) -> int:
+    """The weights that a token of each sequence reads: all but idle experts, and an embedding that is not the head."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     idle = 0 if head is embedding else embedding.nbytes
     for module in [module for stage in stages(model) for module in stage.readers + stage.writers]:
-        if isinstance(module, slicegpt.Expert):  # of_all[0] has the weights of all experts of the layer
-            idle += module.weight.nbytes * (1 - model.config.num_experts_per_tok / len(module.of_all[0]))
+        if isinstance(module, slicegpt.Expert):  # of_all[0] has all of a layer; each token chooses some at random
+            idle += module.weight.nbytes * (1 - model.config.num_experts_per_tok / len(module.of_all[0])) ** batch_size
     return round(sum(weight.nbytes for weight in model.parameters()) - idle)
 
 
 def throughput(args):
     """A.6: tokens per second in the middle of sequences of --seqlen, in batches of 1, 2, 4, ...
 
-    They grow until the speed drops, memory runs out ("-"), or to --max-batch-size. of best dense: of the dense best.
+    A token in the middle attends to as many others as one does on average. Batches grow until the speed drops, memory
+    runs out ("-"), or to --max-batch-size. of best dense: the speed divided by that of the best dense batch.
     """
-    prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
-    best_dense = None
+    prompt_length, best_dense = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP), None
     for sparsity in (None, *args.sparsities):  # and not in turns, so that each network has the memory to itself
         model, best = build(args.shape, args.layers, args.dtype, args.device, sparsity), 0
         for batch in [2**power for power in range(args.max_batch_size.bit_length())]:
             prompt = torch.randint(10, 1000, (batch, prompt_length), device=args.device)
-            try:
+            speed = None
+            with contextlib.suppress(torch.OutOfMemoryError):
                 seconds = in_turns([decoder(model, prompt)], args.tokens, args.device, "decoding")
                 speed = batch / seconds.quantile(0.5).item()
-            except torch.OutOfMemoryError:
-                speed = None
             yield {"network": "dense" if sparsity is None else f"block {sparsity:.0%}", "batch": batch,
                    "tokens/s": speed, "of best dense": speed / best_dense if speed and best_dense else None}
             if speed is None or speed < best:
                 break
             best = speed
-        best_dense = best_dense or best
+        if sparsity is None:
+            best_dense = best
         del model  # before the next is built
 
 
 def ops(args):
     """A.7: ms of the product with each matrix of a layer: dense, sliced, and 2:4 sparse ("-": torch has none here).
 
-    A sliced layer also multiplies by its shortcuts. tokens: rows of the signal. With fewer than 64, a product is called
-    20 times in a row, so that waiting for a GPU counts little. Even so, small layers measure how fast Python launches,
-    and weights stay in a cache, if they fit, as those of a whole network would not.
+    A sliced layer also multiplies by its shortcuts. With fewer than 64 tokens, a product is called 20 times in a row,
+    to wait less for a GPU. Even so, small layers measure Python's launches, and their weights may stay in a cache.
     """
     dense, sliced = (build(args.shape, 1, args.dtype, args.device, sparsity) for sparsity in (None, args.sparsity))
     if "experts" in slicegpt.architecture(dense.config).ffn.W_in:
         raise SliceGPTError("the products of experts are not measured here")
 
-    def row(operation, tokens, ms):
-        dense, sliced, sparse = map(ms.get, ("dense", "sliced", "2:4"))
-        return {"operation": operation, "tokens": tokens, "dense": dense, "sliced": sliced, "2:4": sparse,
-                "sliced/dense": dense and sliced / dense, "2:4/dense": sparse and sparse / dense}
+    def row_of(operation, tokens, ms):
+        row = {"operation": operation, "tokens": tokens} | {kind: ms.get(kind) for kind in ("dense", "sliced", "2:4")}
+        for kind in ("sliced", "2:4"):
+            row[f"{kind}/dense"] = ms[kind] / ms["dense"] if kind in ms and "dense" in ms else None
+        return row
 
     for tokens in args.batch_sizes:
         calls, measured = 20 if tokens < 64 else 1, []
         for operation, works in products(dense, sliced, tokens):
             seconds = in_turns(list(works.values()), args.repeat, args.device, operation, calls).quantile(0.5, dim=1)
             measured.append(dict(zip(works, (1e3 * seconds).tolist())))
-            yield row(operation, tokens, measured[-1])
-        kinds = ["dense", "sliced"] + ["2:4"] * all("2:4" in ms for ms in measured if "dense" in ms)  # no sum of some
-        yield row("all", tokens, {kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
+            yield row_of(operation, tokens, measured[-1])
+        kinds = ["dense", "sliced"]
+        if all("2:4" in ms for ms in measured if "dense" in ms):  # else it were a sum of only some
+            kinds.append("2:4")
+        yield row_of("all", tokens, {kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
 
 
 def products(dense, sliced, tokens: int):
-    """(name, {kind: a function that computes it}) of the product with each matrix of the first layer."""
+    """(name, {kind: a function that computes it}) of the product of tokens with each matrix of the first layer."""
     random = partial(torch.randn, dtype=dense.dtype, device=dense.device)
     for before, after in zip(stages(dense), stages(sliced)):
         for path in [path for block in before.blocks for path in f"{block.W_in} {block.W_out}".split()]:
             wide, narrow = before.layer.get_submodule(path), after.layer.get_submodule(path)
             X = random(tokens, wide.in_features)
             works = {"dense": partial(wide, X), "sliced": partial(narrow, random(tokens, narrow.in_features))}
-            with contextlib.suppress(RuntimeError):  # torch has it on some devices, for some types
+            try:
                 mask = torch.tensor([0, 0, 1, 1]).repeat(wide.in_features // 4).to(wide.weight)
                 W = torch.sparse.to_sparse_semi_structured(wide.weight * mask)
                 torch.nn.functional.linear(X, W, wide.bias)
                 works["2:4"] = partial(torch.nn.functional.linear, X, W, wide.bias)
+            except RuntimeError as error:  # torch has it on some devices, for some types
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
             yield path, works
         yield after.shortcut_name, {"sliced": partial(random(tokens, len(after.shortcut)).matmul, after.shortcut)}
 
@@ -221,20 +229,19 @@ def cost(args):
 
     forward: one pass of the same tokens through the dense network. All is done twice, and measured the second time.
     """
-    if args.finetune:
-        slicegpt.optional("peft")  # raises before the work, if it is not installed
-
-    def forward():
+    def forward(model, tokens):
         for batch in tokens.split(args.batch_size):
             model(batch.to(args.device), use_cache=False)
 
+    if args.finetune:
+        slicegpt.optional("peft")  # raises before the work, if it is not installed
     for shape, samples in itertools.product(args.shapes, args.samples):
         tokens, tokens_of_rft = (torch.randint(10, 1000, (number, args.seqlen)) for number in (samples, args.finetune))
         row = {"shape": shape, "samples": samples, "tokens": tokens.numel()}
         for _ in ("warm up", "measure"):
             model = works = work = None  # lets go of the network before, whose memory would count
             model = build(shape, args.layers, args.dtype, args.device)
-            works = {"forward": forward,
+            works = {"forward": partial(forward, model, tokens),
                      "slicing": partial(slice_model, model, tokens, args.sparsity, batch_size=args.batch_size)}
             if args.finetune:  # last, as what is fine-tuned is sliced
                 works["RFT"] = partial(torch.enable_grad()(slicegpt.finetune), model, tokens_of_rft)
@@ -249,9 +256,19 @@ def cost(args):
 
 
 # ---- Quality --------------------------------------------------------------------------------------------------------
-# the methods of Table 1, with the sparsity that slices, and the paper's perplexities in the same order
-METHODS = {"dense": 0, "SparseGPT 2:4": None} | {f"SliceGPT {share:.0%}": share for share in (0.1, 0.2, 0.25, 0.3)}
-TABLE_1 = {
+def read_model(args, sliced_too: bool = False) -> tuple:
+    """(model, slicegpt.Inputs, where: batch_size and device for all that calibrates); completes args' device, dtype."""
+    inputs = slicegpt.read_inputs(args)
+    if inputs.calibration is None and not sliced_too:
+        raise SliceGPTError(f"{args.model} is sliced already")
+    model = torch.enable_grad()(slicegpt.load)(args.model, inputs.dtype)[0].eval()  # as "demo" is trained on the spot
+    if inputs.calibration is not None:
+        inputs.calibration = slicegpt.with_own_text(args, inputs, inputs.calibration, args.samples, model)
+    args.device, args.dtype = inputs.device, str(model.dtype).removeprefix("torch.")
+    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
+
+
+TABLE_1 = {  # the paper's perplexities: dense, SparseGPT 2:4, SliceGPT 10%, 20%, 25%, 30%
     "opt-125m": (27.64, 45.07, 29.34, 34.26, 37.74, 43.98), "opt-1.3b": (14.61, 29.61, 15.10, 16.43, 17.46, 19.09),
     "opt-2.7b": (12.46, 14.90, 12.75, 13.73, 14.56, 15.83), "opt-6.7b": (10.85, 13.00, 10.92, 11.48, 11.90, 12.51),
     "opt-13b": (10.12, 11.80, 10.27, 10.66, 10.94, 11.33), "opt-30b": (9.56, 10.53, 9.65, 9.87, 10.04, 10.27),
@@ -262,78 +279,23 @@ TABLE_1 = {
 def table1(args):
     """Table 1: perplexity of --models (or --model), known by the names of their directories; beside it the paper's.
 
-    But for other settings than the paper's, --samples 1024 and the defaults of sequences of 2048, there is "-".
+    The paper's figure is shown only beside its settings (--samples 1024, sequences of 2048, all other defaults).
     """
+    methods = {"dense": (0, None), "SparseGPT 2:4": (None, sparsegpt)} | {  # in the order of TABLE_1
+        f"SliceGPT {share:.0%}": (share, partial(slice_model, sparsity=share)) for share in (0.1, 0.2, 0.25, 0.3)}
     for name in args.models or [args.model]:
         own = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as the defaults depend on the model
         model, inputs, where = read_model(own)
         settings = (own.calibration, own.samples, own.eval, own.eval_samples, own.seqlen)
         as_in_paper = settings == (["wikitext2"], 1024, ["wikitext2"], None, 2048)
         published = TABLE_1.get(Path(name).name.lower().removesuffix("-hf")) if as_in_paper else None
-        for (method, sparsity), paper in zip(METHODS.items(), published or [None] * len(METHODS)):
+        for (method, (sparsity, compress)), paper in zip(methods.items(), published or itertools.repeat(None)):
             network = copy.deepcopy(model)
-            if method == "SparseGPT 2:4":
-                sparsegpt(network, inputs.calibration, **where)
-            elif method != "dense":
-                slice_model(network, inputs.calibration, sparsity, **where)
+            if compress:
+                compress(network, inputs.calibration, **where)
             with slicegpt.placed(network, inputs.device):
                 found = slicegpt.perplexities(network, inputs)
             yield {"model": name, "method": method, "sparsity": sparsity} | found | {"paper": paper}
-
-
-@torch.no_grad()
-def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
-    """SparseGPT 2:4 (Frantar and Alistarh 2023, arXiv 2301.00774), in place; returns how many weights are now zero.
-
-    The matrices of a layer, of attention and FFN, are pruned together, on what they read behind the pruned layers.
-    """
-    parts = slicegpt.architecture(model.config)
-    attention, ffn = parts.attention, parts.ffn
-    if "experts" in ffn.W_in:
-        raise SliceGPTError("SparseGPT prunes no experts here")
-    zeros = 0
-    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
-        if stage is None or attention not in stage.blocks:
-            continue  # the head, which stays, or an FFN, which is pruned with its layer's attention
-        linears = slicegpt.submodules(stage.layer, f"{attention.W_in} {attention.W_out} {ffn.W_in} {ffn.W_out}")
-        H = dict.fromkeys(linears, 0)
-
-        def add(linear, inputs):
-            H[linear] = H[linear] + slicegpt.covariance(inputs[0])
-
-        hooks = [linear.register_forward_pre_hook(add) for linear in linears]
-        for batch in X.split(batch_size):
-            stage.layer(batch.to(device), *stage.args, **stage.kwargs)
-        for hook in hooks:
-            hook.remove()
-        for linear in linears:
-            slicegpt.set_matrix(linear, prune(slicegpt.matrix(linear), H.pop(linear)))  # the bias stays
-            zeros += linear.weight.numel() // 2
-        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
-    return zeros
-
-
-def prune(W: Tensor, H: Tensor, damping: float = 0.01) -> Tensor:
-    """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
-
-    H = X^T X (inputs, inputs), to whose diagonal a share of its mean is added. H^-1 = U^T U, with U upper triangular:
-    once the inputs before j are settled, the inverse for those that are left begins with U_jj^2. Going down the inputs,
-    of every four weights the two go that have the least w^2 / U_jj^2, and the inputs that follow make up for them.
-    """
-    if len(W) % 4:
-        raise SliceGPTError(f"2:4 needs inputs in fours, and a matrix has {len(W)}")
-    W = W.clone()
-    least = torch.finfo(H.dtype).tiny  # even if all inputs are 0, H has an inverse
-    H = H + (damping * H.diag().mean()).clamp_min(least) * torch.eye(len(H)).to(H)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    for j in range(len(W)):
-        if j % 4 == 0:
-            scores = W[j:j + 4].square() / U.diag()[j:j + 4, None].square()
-            goes = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.argsort(0)[:2], True)
-        error = torch.where(goes[j % 4], W[j] / U[j, j], 0)
-        W[j].masked_fill_(goes[j % 4], 0)
-        W[j + 1:] -= U[j, j + 1:, None] * error
-    return W
 
 
 def tasks(args):
@@ -369,9 +331,9 @@ def spectrum(args):
     model, inputs, where = read_model(args)
     slicegpt.fuse(model)
     parts = slicegpt.architecture(model.config)
-    norm = model.get_submodule(parts.norm)  # fused, all norms are alike
+    norm = model.get_submodule(parts.norm)  # all are alike: fused, their scales are in the matrices
     for stage, X in slicegpt.signals(model, inputs.calibration, **where):
-        if stage is not None and parts.ffn in stage.blocks:
+        if stage is not None and parts.ffn in stage.blocks:  # the stage that reads X; None is the head
             eigenvalues = slicegpt.pca(slicegpt.covariance_of(X, norm, stage, **where))[0].clamp_min(0).cpu()
             kept = {f"{share:.1%}": slicegpt.dimension_by_variance(eigenvalues, 1 - share, round_to=1)
                     for share in (0.9, 0.99, 0.999)}
@@ -381,26 +343,28 @@ def spectrum(args):
 def draw_spectrum(rows: list[dict], panel):
     """Figure 8: the eigenvalues on a log scale, a line for each layer, from dark to light."""
     for row in rows:
-        colour = slicegpt.optional("matplotlib").colormaps["viridis"](0.9 * row["layer"] / len(rows))
-        panel.plot(row["eigenvalues"], color=colour, label=f"layer {row['layer']}")
+        panel.plot(row["eigenvalues"], color=(0, row["layer"] / len(rows), 0.5), label=f"layer {row['layer']}")
     panel.set(xlabel="direction", ylabel="eigenvalue / the largest", yscale="log", ylim=(1e-6, 2))  # less is rounding
 
 
 def quality(args):
     """Beyond the paper: perplexity, size and time of every method at every size.
 
-    Networks with one Q for all blocks have --params, if given; else, and with a Q for each block always, --sparsities.
-    learned: that Q is improved by --learn steps of descent. tied: embedding and head stay one matrix. ms/token: as in
-    `latency`, behind up to 128 tokens. SparseGPT 2:4: its parameters are those that are not zero, its bytes those of a
-    2:4 format, its time that of dense products. --formats: weights are rounded to formats of llama.cpp, most of which
-    need --round-to 32; sliced networks were rotated at random before, as weights of similar size lose less by it.
+    SparseGPT 2:4  parameters are what is not zero, bytes those of a 2:4 format, the time that of dense products
+    block          a network for each of --sparsities
+    shared         one for each of --params, or of --sparsities if there are no --params
+    .., learned    its Q is improved by --learn steps of descent
+    .., tied       embedding and head stay one matrix, if they were one
+    ms/token       as in `latency`, after up to 128 tokens
+    Q8_0 ..        with weights rounded to one of --formats, which are llama.cpp's; most of them need --round-to 32
     """
     model, inputs, where = read_model(args)
-    for format in args.formats:
-        rounded(torch.zeros(1, args.round_to), format)  # raises, before the work, for rows that the format cannot have
+    lengths = {args.round_to} | {W.shape[-1] for W in model.parameters() if W.dim() > 1}  # of rows, sliced and dense
+    for name, length in itertools.product(args.formats, lengths):
+        rounded(torch.zeros(1, length), name)  # raises, before the work, for a length that the format cannot have
     model.to(inputs.device)
     prompt = inputs.evaluation["perplexity"][:1, :min(128, args.seqlen // 2)].to(inputs.device)
-    rounds = max(1, min(50, args.seqlen // 2 - WARM_UP))  # behind the prompt, the model may have no positions for more
+    rounds = max(1, min(50, args.seqlen // 2 - WARM_UP))  # after the prompt, the model may have no positions for more
     for method, network, zeros in networks_to_compare(args, model, inputs.calibration, where):
         gc.collect()  # frees the network before the last one, see `build`
         works = [decoder(each, prompt) for each in ([model] if network is model else [model, network])]
@@ -412,57 +376,62 @@ def quality(args):
                "ms/token": 1e3 * seconds[-1].quantile(0.5).item(),
                "of dense": (seconds[-1] / seconds[0]).quantile(0.5).item()}
         row |= slicegpt.perplexities(network, inputs)
-        for format in args.formats if not zeros else ():
-            stored = copy.deepcopy(network)
-            for W in [W for W in stored.parameters() if W.dim() > 1]:
-                W.copy_(rounded(W, format)[0])
-            bytes_per_weight = rounded(torch.zeros(1, 256), format)[1]
-            row[f"{format} GB/token"] = row["GB/token"] * bytes_per_weight / network.dtype.itemsize
-            row |= {f"{format} {name}": found for name, found in slicegpt.perplexities(stored, inputs).items()}
+        if not zeros:
+            for name in args.formats:
+                stored = copy.deepcopy(network)
+                for W in stored.parameters():
+                    if W.dim() > 1:
+                        values, bytes_per_weight = rounded(W, name)
+                        W.copy_(values)
+                row[f"{name} GB/token"] = row["GB/token"] * bytes_per_weight / network.dtype.itemsize
+                row |= {f"{name} {key}": found for key, found in slicegpt.perplexities(stored, inputs).items()}
         yield row
 
 
-def networks_to_compare(args, model, calibration, where):
+def networks_to_compare(args, model, calibration: Tensor, where: dict):
     """(method, network, its number of pruned weights), one by one, for `quality`. Bad sizes raise before the first."""
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    by_sparsity = [sliced_dimension(model.config.hidden_size, sparsity, args.round_to) for sparsity in args.sparsities]
-    by_params = {head: [dimension_for(model.config, share, args.round_to, "shared", head) for share in args.params]
-                 for head in (["sliced", "tied"] if tied else ["sliced"])}
-
-    def random_rotation(d: int) -> Tensor:  # it changes nothing but the rounding (Theorem 1)
-        return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=model.device)).Q
-
-    @cache  # tied or not, networks of one size have one Q
-    def learned(columns: int) -> Tensor:
-        learn = torch.enable_grad()(slicegpt.learn_rotation)
-        return learn(fused, calibration, Q[:, :columns], args.learn, seed=args.seed)
-
+    config, tied = model.config, model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    heads = ["sliced", "tied"] if tied else ["sliced"]
+    by_sparsity = [sliced_dimension(config.hidden_size, sparsity, args.round_to) for sparsity in args.sparsities]
+    by_params = [(head, dimension_for(config, share, args.round_to, "shared", head))  # a tied one leaves room for more
+                 for head in heads for share in args.params]
     yield "dense", model, 0
     network = copy.deepcopy(model)
     yield "SparseGPT 2:4", network, sparsegpt(network, calibration, **where)
     for sparsity in args.sparsities:
         network = slice_model(copy.deepcopy(model), calibration, sparsity, round_to=args.round_to, **where)
-        slicegpt.rotate(network, [random_rotation(d) for d in network.config.slicegpt["dimensions"]])
+        slicegpt.rotate(network, [random_rotation(d, model.device) for d in network.config.slicegpt["dimensions"]])
         yield "block", network, 0
     fused = copy.deepcopy(model)
     Q = slicegpt.shared_rotation(fused, calibration, **where)
-    for head, dimensions in by_params.items():
-        for columns in [slicegpt.columns_to_keep(model.config, d, head) for d in dimensions or by_sparsity]:
-            for method in ["shared", "shared, learned"] if args.learn else ["shared"]:
-                rotation = learned(columns) if method == "shared, learned" else Q[:, :columns]
-                network = copy.deepcopy(fused)
-                slicegpt.rotate(network, rotation @ random_rotation(columns))
-                if head == "tied":
-                    slicegpt.tie_head(network, calibration)
-                    method += ", tied"
-                yield method, slicegpt.standard(network)[0], 0
+    learn = torch.enable_grad()(slicegpt.learn_rotation)
+    learned = cache(lambda d: learn(fused, calibration, Q[:, :d], args.learn, seed=args.seed))  # tied or not, the same
+    for head, d in by_params or itertools.product(heads, by_sparsity):
+        columns, suffix = slicegpt.columns_to_keep(config, d, head), ", tied" if head == "tied" else ""
+        yield f"shared{suffix}", sliced_by(Q[:, :columns], fused, calibration, head), 0
+        if args.learn:
+            yield f"shared, learned{suffix}", sliced_by(learned(columns), fused, calibration, head), 0
 
 
-def rounded(W: Tensor, format: str) -> tuple[Tensor, float]:
+def sliced_by(Q: Tensor, fused, calibration: Tensor, head: str):
+    """A copy of the fused model, sliced by one Q (D, d); of Hugging Face's own class, if it can be."""
+    network = copy.deepcopy(fused)
+    slicegpt.rotate(network, Q @ random_rotation(Q.shape[1], fused.device))
+    if head == "tied":
+        slicegpt.tie_head(network, calibration)
+    return slicegpt.standard(network)[0]
+
+
+def random_rotation(d: int, device) -> Tensor:
+    """(d, d): it changes nothing but the rounding (Theorem 1), by which weights of similar size lose less."""
+    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=device)).Q
+
+
+def rounded(W: Tensor, name: str) -> tuple[Tensor, float]:
     """(W as a format of llama.cpp keeps it, bytes for each weight). Raises SliceGPTError for rows of a wrong length."""
     gguf = slicegpt.optional("gguf")
-    with slicegpt.failing(f"cannot round the weights to {format}"):
-        number = gguf.GGMLQuantizationType[format]
+    with slicegpt.failing(f"cannot round the weights to {name}"):
+        number = gguf.GGMLQuantizationType[name]
         stored = gguf.quants.quantize(W.detach().float().cpu().numpy(), number)
         return torch.from_numpy(gguf.quants.dequantize(stored, number)), stored.nbytes / W.numel()
 
@@ -475,16 +444,58 @@ def draw_quality(rows: list[dict], panel):
     panel.set(xlabel="parameters", ylabel="perplexity", yscale="log")
 
 
-def read_model(args, sliced_too: bool = False) -> tuple:
-    """(model, slicegpt.Inputs, {batch_size, device} of slicing) of the options; fills in the device and dtype there."""
-    inputs = slicegpt.read_inputs(args)
-    if inputs.calibration is None and not sliced_too:
-        raise SliceGPTError(f"{args.model} is sliced already")
-    model = torch.enable_grad()(slicegpt.load)(args.model, inputs.dtype)[0].eval()  # as "demo" is trained on the spot
-    if inputs.calibration is not None:
-        inputs.calibration = slicegpt.with_own_text(args, inputs, inputs.calibration, args.samples, model)
-    args.device, args.dtype = inputs.device, str(model.dtype).removeprefix("torch.")
-    return model, inputs, {"batch_size": args.batch_size, "device": inputs.device}
+# ---- SparseGPT 2:4, which the paper compares with -------------------------------------------------------------------
+@torch.no_grad()
+def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
+    """SparseGPT 2:4 (Frantar and Alistarh 2023, arXiv 2301.00774), in place; returns how many weights are now zero.
+
+    A layer's matrices are pruned together, by their inputs, given that all earlier layers are pruned.
+    """
+    parts = slicegpt.architecture(model.config)
+    attention, ffn, zeros = parts.attention, parts.ffn, 0
+    if "experts" in ffn.W_in:
+        raise SliceGPTError("SparseGPT prunes no experts here")
+    for stage, X in slicegpt.signals(model.eval(), calibration, batch_size, device):
+        if stage is None or attention not in stage.blocks:
+            continue  # X is read by the head (None), which stays; or by an FFN, pruned with its layer's attention
+        linears = slicegpt.submodules(stage.layer, f"{attention.W_in} {attention.W_out} {ffn.W_in} {ffn.W_out}")
+        H = dict.fromkeys(linears, 0)
+        hooks = [linear.register_forward_pre_hook(
+            lambda module, X: H.update({module: H[module] + slicegpt.covariance(X[0])})) for linear in linears]
+        for batch in X.split(batch_size):
+            stage.layer(batch.to(device), *stage.args, **stage.kwargs)
+        for hook in hooks:
+            hook.remove()
+        for linear in linears:
+            slicegpt.set_matrix(linear, prune(slicegpt.matrix(linear), H.pop(linear)))  # the bias stays
+            zeros += linear.weight.numel() // 2
+        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
+    return zeros
+
+
+def prune(W: Tensor, H: Tensor, damping: float = 0.01) -> Tensor:
+    """W (inputs, outputs) with 2 of every 4 weights of an output zero, and the others such that X W changes little.
+
+    H = X^T X (inputs, inputs), to whose diagonal a share of its mean is added. With H^-1 = U^T U, U upper triangular,
+        (H_{j:,j:})^-1 = U_{j:,j:}^T U_{j:,j:}, whose first entry is U_jj^2, and whose first row is U_jj U_{j,j:}.
+    So once the inputs before j are settled, a zero for w_j costs w_j^2 / U_jj^2, if the inputs after it make up for it.
+    Going down the inputs, of every four weights of an output the two go that cost the least.
+    """
+    if len(W) % 4:
+        raise SliceGPTError(f"2:4 needs inputs in fours, and a matrix has {len(W)}")
+    W = W.clone()
+    least = torch.finfo(H.dtype).tiny  # even if all inputs are 0, H has an inverse
+    H = H + (damping * H.diag().mean()).clamp_min(least) * torch.eye(len(H)).to(H)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    for j in range(len(W)):
+        if j % 4 == 0:
+            scores = W[j:j + 4].square() / U.diag()[j:j + 4, None].square()
+            goes = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.argsort(0)[:2], True)
+        # w_{j:} <- w_{j:} - (w_j / U_jj^2) U_jj U_{j,j:}, for each output whose w_j goes
+        error = torch.where(goes[j % 4], W[j] / U[j, j], 0)
+        W[j].masked_fill_(goes[j % 4], 0)  # not just nearly
+        W[j + 1:] -= U[j, j + 1:, None] * error
+    return W
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -493,52 +504,55 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
     natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
-    add = {}  # the add_argument of each command
-    for command in (latency, throughput, ops, cost, table1, tasks, spectrum, quality):
-        subparser = commands.add_parser(command.__name__, description=command.__doc__, allow_abbrev=False)
-        subparser.set_defaults(command=command, plot=None)
-        add[command] = subparser.add_argument
-        add[command]("--json", type=Path, metavar="FILE", help="write the rows here, as they are measured")
-    for command in (spectrum, quality):
-        add[command]("--plot", type=Path, metavar="FILE.png", help="draw the rows here (needs matplotlib)")
-    for command in (table1, tasks, spectrum, quality):
-        slicegpt.add_inputs(add[command])
-    for command in (latency, throughput, ops, cost):
-        add[command]("--device", help="default: cuda, if there is one")
-        add[command]("--dtype", choices=["float64", "float32", "float16", "bfloat16"],
-                     help="type of the weights (default: float32 on a CPU, else float16)")
-    for command in (latency, throughput, ops):
-        add[command]("--shape", choices=SHAPES, default="opt-125m", help="the network (default: opt-125m)")
-    for command in (latency, throughput, cost):
-        add[command]("--layers", type=natural, default=0, help="give networks so many (default: 0, which is all)")
-    for command in (latency, ops, cost, tasks):
-        add[command]("--sparsity", type=share, default=0.25, help="share of dimensions to delete (default: 0.25)")
-    for command, these in ((throughput, [0.25, 0.5]), (quality, [0.1, 0.2, 0.3])):
-        add[command]("--sparsities", type=share, nargs="+", default=these, help=f"shares to delete (default: {these})")
+    options = {  # of more than one command
+        "--json": dict(type=Path, metavar="FILE", help="write the rows here, as they are measured"),  # this of all
+        "--plot": dict(type=Path, metavar="FILE.png", help="draw the rows here (needs matplotlib)"),
+        "--device": dict(help="default: cuda, if there is one"),
+        "--dtype": dict(choices="float64 float32 float16 bfloat16".split(), help="default: float32; on a GPU float16"),
+        "--shape": dict(choices=SHAPES, default="opt-125m", help="the network (default: opt-125m)"),
+        "--layers": dict(type=natural, default=0, help="give networks so many (default: 0, which is all)"),
+        "--sparsity": dict(type=share, default=0.25, help="share of dimensions to delete (default: 0.25)")}
 
-    add[latency]("--batch-size", type=positive, default=1, help="sequences at a time (default: 1)")
-    add[latency]("--prompt-lengths", type=positive, nargs="+", default=[128, 512], help="in tokens (default: 128 512)")
-    add[latency]("--tokens", type=positive, default=50, help="tokens to time behind a prompt (default: 50)")
-    add[latency]("--compile", action="store_true", help="by torch.compile: on a GPU, a token is one CUDA graph")
-    add[throughput]("--max-batch-size", type=positive, default=1024, help="the largest to try (default: 1024)")
-    add[throughput]("--seqlen", type=positive, default=128, help="tokens of a sequence (default: 128)")
-    add[throughput]("--tokens", type=positive, default=16, help="of these, in the middle, timed ones (default: 16)")
-    add[ops]("--batch-sizes", type=positive, nargs="+", default=[1, 2048], help="rows of the signal (default: 1 2048)")
-    add[ops]("--repeat", type=positive, default=50, help="rounds, whose median is printed (default: 50)")
-    add[cost]("--shapes", choices=SHAPES, nargs="+", default=["opt-125m", "opt-350m-like", "opt-1.3b"],
-              help="the networks (default: opt-125m opt-350m-like opt-1.3b)")
-    add[cost]("--samples", type=positive, nargs="+", default=[4, 8], help="calibration sequences (default: 4 8)")
-    add[cost]("--seqlen", type=positive, default=512, help="tokens per sequence (default: 512)")
-    add[cost]("--batch-size", type=positive, default=8, help="calibration sequences at a time (default: 8)")
-    add[cost]("--finetune", type=natural, default=4, help="sequences of RFT, 0 for none (default: 4)")
-    add[table1]("--models", nargs="+", default=[], help="several, instead of --model")
-    add[tasks]("--tasks", default="piqa,winogrande,hellaswag,arc_easy,arc_challenge", help="default: the paper's five")
-    add[tasks]("--tasks-path", metavar="DIR", help="more tasks, as YAML files")
-    add[tasks]("--limit", type=natural, default=0, help="questions of each task (default: 0, which is all)")
-    add[quality]("--params", type=float, nargs="+", default=[], help="shares of parameters to keep, by one Q for all")
-    add[quality]("--round-to", type=positive, default=8, help="dimensions are multiples of this (default: 8)")
-    add[quality]("--learn", type=natural, default=0, help="steps that improve one Q for all (default: 0, none)")
-    add[quality]("--formats", nargs="+", default=[], help="to round to, too, such as Q8_0 Q4_0 (needs gguf)")
+    def command(function, *names):  # adds a command that has these options, and returns its add_argument
+        subparser = commands.add_parser(function.__name__, description=function.__doc__, allow_abbrev=False,
+                                        formatter_class=argparse.RawDescriptionHelpFormatter)
+        subparser.set_defaults(command=function, plot=None)
+        for name in ("--json", *names):
+            subparser.add_argument(name, **options[name])
+        return subparser.add_argument
+
+    add = command(latency, "--device", "--dtype", "--shape", "--layers", "--sparsity")
+    add("--batch-size", type=positive, default=1, help="sequences at a time (default: 1)")
+    add("--prompt-lengths", type=positive, nargs="+", default=[128, 512], help="in tokens (default: 128 512)")
+    add("--tokens", type=positive, default=50, help="tokens to time after a prompt (default: 50)")
+    add("--compile", action="store_true", help="by torch.compile: on a GPU, a token is one CUDA graph")
+    add = command(throughput, "--device", "--dtype", "--shape", "--layers")
+    add("--sparsities", type=share, nargs="+", default=[0.25, 0.5], help="shares to delete (default: 0.25 0.5)")
+    add("--max-batch-size", type=positive, default=1024, help="the largest to try (default: 1024)")
+    add("--seqlen", type=positive, default=128, help="tokens of a sequence (default: 128)")
+    add("--tokens", type=positive, default=16, help="of these, in the middle, timed ones (default: 16)")
+    add = command(ops, "--device", "--dtype", "--shape", "--sparsity")
+    add("--batch-sizes", type=positive, nargs="+", default=[1, 2048], help="tokens at a time (default: 1 2048)")
+    add("--repeat", type=positive, default=50, help="rounds, whose median is printed (default: 50)")
+    add = command(cost, "--device", "--dtype", "--layers", "--sparsity")
+    add("--shapes", choices=SHAPES, nargs="+", default=list(SHAPES)[:3], help="the networks (default: the first three)")
+    add("--samples", type=positive, nargs="+", default=[4, 8], help="calibration sequences (default: 4 8)")
+    add("--seqlen", type=positive, default=512, help="tokens per sequence (default: 512)")
+    add("--batch-size", type=positive, default=8, help="calibration sequences at a time (default: 8)")
+    add("--finetune", type=natural, default=4, help="sequences of RFT, 0 for none (default: 4)")
+    slicegpt.add_inputs(add := command(table1))
+    add("--models", nargs="+", default=[], help="several, instead of --model")
+    slicegpt.add_inputs(add := command(tasks, "--sparsity"))
+    add("--tasks", default="piqa,winogrande,hellaswag,arc_easy,arc_challenge", help="default: the paper's five")
+    add("--tasks-path", metavar="DIR", help="more tasks, as YAML files")
+    add("--limit", type=natural, default=0, help="questions of each task (default: 0, which is all)")
+    slicegpt.add_inputs(command(spectrum, "--plot"))
+    slicegpt.add_inputs(add := command(quality, "--plot"))
+    add("--sparsities", type=share, nargs="+", default=[0.1, 0.2, 0.3], help="shares to delete (default: 0.1 0.2 0.3)")
+    add("--params", type=float, nargs="+", default=[], help="shares of parameters to keep, by one Q for all")
+    add("--round-to", type=positive, default=8, help="dimensions are multiples of this (default: 8)")
+    add("--learn", type=natural, default=0, help="steps that improve one Q for all (default: 0, none)")
+    add("--formats", nargs="+", default=[], help="to round to, too, such as Q8_0 Q4_0 (needs gguf)")
     args = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["latency"])
     return slicegpt.exit_code("bench", partial(run, args))
 
@@ -548,7 +562,7 @@ def run(args):
     for path in filter(None, (args.json, args.plot)):
         with slicegpt.failing(f"cannot write {path}"):
             open(path, "a").close()  # fails now, rather than after the work, as does the next import
-    figure = slicegpt.optional("matplotlib.figure").Figure(layout="tight") if args.plot else None
+    panel = slicegpt.optional("matplotlib.figure").Figure(layout="tight").subplots() if args.plot else None
     args.device = slicegpt.find_device(args.device)
     if args.dtype is None and "model" not in args:  # of a model, `read_model` finds it
         args.dtype = "float32" if args.device.type == "cpu" else "float16"
@@ -560,20 +574,16 @@ def run(args):
             show(args, rows)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    if figure:
-        panel = figure.subplots()
+    if panel:
         (draw_spectrum if args.command is spectrum else draw_quality)(rows, panel)
         panel.legend(fontsize="x-small", ncols=1 + len(panel.lines) // 12)
-        figure.savefig(args.plot, format="png")
+        panel.figure.savefig(args.plot, format="png")
 
 
 def show(args, rows: list[dict]):
     """Prints the last row; in front of the first, what was run, and where, and the names of the columns."""
-    def text(value) -> str:
-        if isinstance(value, str | None):
-            return value or "-"
-        return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
-
+    row = {key: f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else value
+           for key, value in rows[-1].items()}
     columns = {key: "<21" if isinstance(value, str) else f">{max(9, len(key))}"  # words stand left, and numbers right
                for key, value in rows[0].items() if not isinstance(value, list)}
     if len(rows) == 1:
@@ -583,7 +593,7 @@ def show(args, rows: list[dict]):
         print(f"{args.command.__name__}: {options}")
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, {device}")
         print(*map(format, columns, columns.values()), sep="  ")
-    print(*(format(text(rows[-1].get(key)), column) for key, column in columns.items()), sep="  ", flush=True)
+    print(*(format(row.get(key) or "-", column) for key, column in columns.items()), sep="  ", flush=True)
 
 
 if __name__ == "__main__":
