@@ -1067,6 +1067,14 @@ def test_a_learned_rotation_costs_the_output_less_and_nothing_else_changes(model
     assert all(W.grad is None for W in model.parameters())
 
 
+def test_the_columns_of_a_rotation_learn_at_one_speed_but_those_with_large_gradients_at_less():
+    """A small step of AdamW is as large for every entry of T, whose column is scaled; larger than the median: less."""
+    Q_0 = random_rotation(16, 0)[:, :8]
+    Q = learn_rotation(tiny_network(), calibration_tokens(0), Q_0, 1, learning_rate=1e-4)
+    moved = (Q - Q_0 @ (Q_0.T @ Q)).norm(dim=0)
+    assert (moved > 0.99 * moved.max()).sum() in (4, 5) and moved.max() == pytest.approx(1e-4 * math.sqrt(8), rel=0.01)
+
+
 # families with LayerNorms whose standard class cannot be given a signal of mean 0
 NEVER_STANDARD = ("opt", "gpt2", "biogpt", "gptj", "codegen", "gpt_neox", "persimmon", "stablelm")
 
