@@ -1,9 +1,9 @@
 """The executable specification of slicegpt.py: what the paper claims, as properties of random networks.
 
 Each test is one claim, which is its name. First come the equations that are about matrices alone, then, section by
-section, what the paper says of networks. What a network computes is compared with Hugging Face's untouched model. (It
-is run first: `fuse`, `rotate` and `slice_model` change a model in place.) In the paper's part, up to A.2, everything is
-computed in float64, and "the same" means a relative error below 1e-11, unless the test says why not.
+section, what the paper says of networks. What a network computes is compared with Hugging Face's untouched model, which
+is run first, as `fuse`, `rotate` and `slice_model` change a model in place. In the paper's part, up to A.2, everything
+is computed in float64, and "the same" means a relative error below 1e-11, unless the test says why not.
 
 `python -m pytest test_slicegpt.py` takes two to three minutes, and 45 seconds more the first time, when it trains the
 demo model, which is kept in the user's cache. What needs a package that is not installed is skipped.
@@ -150,10 +150,7 @@ def test_equation_8_Q_diagonalises_C_by_decreasing_eigenvalue(D, seed):
 
 @given(st.tuples(st.integers(1, 20), st.integers(1, 20)).map(sorted), SEEDS)
 def test_equation_9_the_reconstruction_is_the_best_of_its_rank(d_and_D, seed):
-    """By Eckart and Young, at least the squares of the smallest singular values are lost; and no more is.
-
-    (1e-9 of |X|^2: covariances square what is small.)
-    """
+    """The loss is the least that Eckart and Young allow. (1e-9 of |X|^2: PCA has rounding errors of that order.)"""
     d, D = d_and_D
     X = random_matrix(seed, 30, D) @ random_matrix(seed + 1, D, D)  # whose columns are correlated
     _, Q = pca(covariance(X))
@@ -205,7 +202,7 @@ def every_family(*drawn, families=tuple(ARCHITECTURES), examples=15, double=True
 
 
 every_structure = partial(every_family, families=STRUCTURES)  # for claims of each matrix
-# tokens (2, 9) and their attention mask, with so many of the first sequence padding: on the left; if negative, right
+# tokens (2, 9) and their attention mask; in the first sequence, 3 pads on the left, and -1 pads one token on the right
 BATCHES = st.builds(lambda seed, padding: padded(random_tokens(2, 9, seed), padding),
                     SEEDS, st.sampled_from([3, 0, 1, -1, -5]))
 
@@ -251,7 +248,13 @@ def bias(module):
 
 # ---- 2.1 The network ------------------------------------------------------------------------------------------------
 #
-# Real models have a norm in front of each block, where the paper has one after it (line 5: X <- Norm(X + Z)).
+# Real models have their norms in front of the blocks and of the head:
+#
+#     the paper's Algorithm 1       here
+#     line 2: X <- Norm(X)          as line 4 does it
+#     line 4: Z <- block(X)         Z <- block(Norm(X))
+#     line 5: X <- Norm(X + Z)      X <- X + Z
+#     line 7: X W_head + b_head     Norm(X) W_head + b_head
 
 @given(st.integers(1, 9), st.integers(1, 9), SEEDS)
 def test_matrix_is_the_papers_W_which_multiplies_from_the_right(inputs, outputs, seed):
@@ -266,26 +269,28 @@ def test_matrix_is_the_papers_W_which_multiplies_from_the_right(inputs, outputs,
 
 @every_family(SEEDS, families=["opt"])
 def test_a_block_is_sigma_of_X_W_in_plus_b_in_times_W_out_plus_b_out(model, seed):
-    """Here, sigma is ReLU, and the norm stands in front."""
+    """For an FFN of OPT, whose sigma is ReLU. (Attention is Hugging Face's own.)"""
     X = random_matrix(seed, 7, model.config.hidden_size)
-    ffn = stages(model)[1]
-    [(_, norm, [up], [down])] = ffn.of_each_block()
-    assert_same(ffn(X), (norm(X) @ matrix(up) + bias(up)).relu() @ matrix(down) + bias(down))
+    stage = stages(model)[1]
+    [ffn] = stage.of_each_block()
+    [up], [down] = ffn.readers, ffn.writers
+    assert_same(stage(X), (ffn.norm(X) @ matrix(up) + bias(up)).relu() @ matrix(down) + bias(down))
 
 
 @every_family(SEEDS)
-def test_algorithm_1_is_what_hugging_faces_network_computes(model, seed):
+def test_algorithm_1_up_to_its_head_is_what_hugging_faces_network_computes(model, seed):
     tokens = random_tokens(2, 9, seed)
-    X, stages_with_masks = embed(model, tokens)  # line 1. These stages know what attention needs, such as masks
+    X, stages_with_masks = embed(model, tokens)  # line 1. To compute Z, attention needs masks and positions, too
     for stage in stages_with_masks:
-        Z = stage(X)  # line 4; the norm in front of the first is line 2
+        Z = stage(X)  # line 4
         X = X + Z  # line 5
-    assert_same(last_norm(model)(X), model.base_model(tokens).last_hidden_state)  # which the head reads, line 7
+    assert_same(last_norm(model)(X), model.base_model(tokens).last_hidden_state)
 
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
 #
-# The network is fused before, as section 3.2 says, so that its norms are those of Eq. 2.
+# The network is fused before, as section 3.2 says, so that its norms are those of Eq. 2. That no matrix is forgotten in
+# what follows is what Theorem 1 and Figure 4 say: then the outputs would change.
 
 def fuse_and_rotate(model, seed: int):
     """Fuses a model and rotates it by one random matrix. Returns (the fused model, the matrix)."""
@@ -381,7 +386,7 @@ def test_figure_3_alpha_moves_into_the_matrices_and_beta_into_the_biases_that_re
 
 
 @every_structure(SEEDS)
-def test_figure_3_M_if_norms_subtract_a_mean_moves_into_the_matrices_and_biases_that_write(model, seed):
+def test_figure_3_M_moves_into_all_that_writes_the_signal_if_the_norms_subtract_a_mean(model, seed):
     """(The authors' code also centres the embedding of a Llama, whose norms subtract none.)"""
     D, norm = model.config.hidden_size, last_norm(model)  # all norms of a model are of one kind
     X = random_matrix(seed, 5, D)
@@ -397,11 +402,6 @@ def test_figure_3_M_if_norms_subtract_a_mean_moves_into_the_matrices_and_biases_
 # ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
 #
 # `rotate` takes one matrix for all signals (Theorem 1), or one for each, and then makes shortcuts.
-# `slice_model` finds such matrices by PCA.
-# Eq. 8: of the norm's input, as in the authors' code; of its output, as in the text, if a test says so. (In a Llama of
-# 135M parameters, sliced by a quarter, the output costs 9% more perplexity.)
-# The head is sliced, as in the text; or "full", as in the authors' code, if a test says so.
-# Widths are multiples of 2 (round_to=2), as networks are small; the program's default, and the authors', is 8.
 
 def rotations(model, seed: int):
     """A random Q for each signal of a fused model: before and after every stage."""
@@ -427,10 +427,12 @@ def test_figure_4_a_rotation_per_block_changes_nothing(model, batch, seed):
 def test_figure_4_each_signal_is_rotated_by_its_own_Q_and_so_line_5_becomes_X_S_plus_Z(model, seed):
     tokens = random_tokens(2, 9, seed)
     fused, Qs = fuse_and_rotate_by_many(model, seed)
-    X, stages_with_masks = embed(model, tokens)
-    for stage, Q, X_fused in zip(stages_with_masks, Qs, signals(fused, tokens)):
-        assert_same(X, X_fused.view(X.shape) @ Q)
+    rotated, (X, stages_with_masks) = [], embed(model, tokens)
+    for stage in stages_with_masks:
+        rotated.append(X)
         X = X @ stage.shortcut + stage(X)
+    for X, X_fused, Q in zip([*rotated, X], signals(fused, tokens), Qs, strict=True):
+        assert_same(X.flatten(0, 1), X_fused @ Q)
 
 
 @every_structure(SEEDS)
@@ -475,13 +477,15 @@ def multiply(writer, P):
 
 
 def project_one_signal_after_another(model, tokens, dimensions, eq_8_of="input") -> list:
-    """(X, eigenvalues, Q) of every signal of a fused network, found as section 3.3 says, but no weight is made smaller.
+    """(X, eigenvalues, Q) of every signal of a fused network, found as section 3.3 says, one after the other.
 
-    "We use the output of the transformed network to calculate the orthogonal matrices of the next layers." Here, a
-    signal is transformed by P = Q[:, :d] Q[:, :d]^T, the projection onto what Eq. 9 keeps: its width stays D.
+    To delete dimensions of a signal (Eq. 9) is to project it onto those that are kept: the blocks after it compute the
+    same of X Q[:, :d] Q[:, :d]^T in the old basis. So in this network, nothing is deleted: what writes the signal is
+    multiplied by that projection, and then the next signal is looked at, as "we use the output of the transformed
+    network to calculate the orthogonal matrices of the next layers".
     """
     norm, identity = last_norm(model), torch.eye(model.config.hidden_size).double()  # fused, all norms are the same
-    rotate(model, [identity for _ in dimensions])  # now there are shortcuts, which can be multiplied, too
+    rotate(model, [identity for _ in dimensions])  # now each stage has a shortcut, which writes, too
     found = []
     for i, d in enumerate(dimensions):
         X = signals(model, tokens)[i]
@@ -501,8 +505,9 @@ def project_one_signal_after_another(model, tokens, dimensions, eq_8_of="input")
 
 @every_family(st.sampled_from([0.25, 0.5]), st.sampled_from(["input", "output"]), SEEDS)
 def test_section_3_3_each_Q_comes_from_the_output_of_the_blocks_already_sliced(model, sparsity, eq_8_of, seed):
-    """As the signs of eigenvectors are free, what is compared are Gram matrices, in which bases cancel, and logits.
+    """eq_8_of: the norm's input, as in the authors' code (and the other tests here), or its output, as in the text.
 
+    As the signs of eigenvectors are free, what is compared are Gram matrices, in which bases cancel, and logits.
     (1e-7: eigenvectors of small eigenvalues are less exact.)
     """
     tokens, batch = calibration_tokens(seed), padded(random_tokens(2, 9, seed), 3)
@@ -518,6 +523,9 @@ def test_section_3_3_each_Q_comes_from_the_output_of_the_blocks_already_sliced(m
 
 
 # ---- 3.4 Slicing ----------------------------------------------------------------------------------------------------
+#
+# The head is sliced, as in the text; or "full", as in the authors' code, if a test says so. Widths are multiples of 2,
+# as networks are small (round_to=2); the program's default, and the authors', is 8.
 
 @every_structure(st.sampled_from([3, 0, 1, 6]), SEEDS)  # D - d
 def test_equation_9_deletes_rows_of_what_reads_columns_of_what_writes_and_both_of_the_shortcut(model, deleted, seed):
