@@ -7,17 +7,17 @@
     python bench.py table1 --models DIR DIR       # Table 1: perplexity: dense, SparseGPT 2:4, SliceGPT
     python bench.py tasks --model DIR             # Figure 5: zero-shot accuracy (needs lm_eval)
     python bench.py spectrum --plot spectrum.png  # Figure 8: how few directions the signal needs
-    python bench.py quality --plot quality.png    # beyond the paper: perplexity, size and time of every way to slice
+    python bench.py quality --params 0.9          # beyond the paper: perplexity, size and time of every way to slice
 
 The first four need no model: networks of published shapes get random weights, as speed does not depend on these. The
-others take a model and texts, by the options of slicegpt.py. Without a command, it is latency of opt-125m. Networks are
+others take a model and texts, by the options of slicegpt.py. Networks are
 
     dense   not sliced
     block   sliced with a Q for each block, which needs shortcuts: the paper's method
     shared  sliced with one Q for all blocks, which needs none: beyond the paper
 
-Each command is a function that yields the rows of a table. A row is printed, and written to --json, as soon as it is
-measured. "-": no such figure. All runs without gradients (see `run`), but for what trains, by torch.enable_grad.
+Each command is a function that yields the rows of a table. A row is printed, and written to the file of --json, as soon
+as it is measured; "-" means that there is no such figure. All runs without gradients, but for what trains.
 """
 import argparse
 import contextlib
@@ -60,7 +60,7 @@ SHAPES = {  # name: Hugging Face's model_type, and options of its config
 
 
 def build(shape: str, layers: int, dtype, device, sparsity: float | None = None, shared: bool = False):
-    """A network of a published shape, with so many layers (0: all): dense, or of this sparsity, "block" or "shared"."""
+    """A network of a published shape, with so many layers (0: all): dense; or block or shared, of this sparsity."""
     family, options = SHAPES[shape]
     config = transformers.AutoConfig.for_model(family, **options | ({"num_hidden_layers": layers} if layers else {}))
     gc.collect()  # an earlier network that was sliced is a cycle: its layers hold their stages, and these the layers
@@ -70,7 +70,7 @@ def build(shape: str, layers: int, dtype, device, sparsity: float | None = None,
         d = sliced_dimension(config.hidden_size, sparsity)  # of the first signal, and after each attention and FFN
         config.slicegpt = {"dimensions": [d] * (1 + 2 * config.num_hidden_layers), "shortcuts": not shared}
         kind = slicegpt.sliced_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-        return slicegpt.standard(kind._from_config(config, dtype=dtype))[0].eval()  # of a Hugging Face class, if it can
+        return slicegpt.standard(kind._from_config(config, dtype=dtype))[0].eval()  # Hugging Face's class, if possible
 
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------
@@ -78,13 +78,13 @@ WARM_UP = 4  # rounds that do not count
 
 
 def latency(args):
-    """Table 2: the time of one token after a prompt, in ms: median, 10th and 90th percentile over --tokens rounds.
+    """Table 2: the time to decode one token after a prompt, in ms: median, 10th and 90th percentile of --tokens rounds.
 
-    of dense: the time divided by the dense network's in the same round (median). GB/token: the weights that it reads;
-    not the keys and values of earlier tokens, which it reads, too. of copy GB/s: the share of the memory's bandwidth
-    that this takes, where a copy takes all of it: near 1 (for short prompts and small batches), only fewer bytes make a
-    token faster (gpt-fast's roofline). With --batch-size, a token is one of each sequence, and chooses experts at
-    random. Without --compile, small networks and batches on a GPU measure how fast Python launches kernels.
+    time/dense: that time divided by the dense network's in the same round (median). GB/token: the weights that a token
+    reads. (It also reads the keys and values of all earlier tokens, which are not counted.) GB/dense: divided by the
+    dense network's. bandwidth/copy: GB/token a second, divided by the speed at which memory is copied. Where this is
+    near 1, only fewer bytes can make a token faster (gpt-fast's roofline). With --batch-size, a token is one of each
+    sequence. Without --compile, small networks and batches on a GPU measure how fast Python launches kernels.
     """
     how = args.shape, args.layers, args.dtype, args.device
     models = {"dense": build(*how), f"block {args.sparsity:.0%}": build(*how, args.sparsity),
@@ -100,8 +100,8 @@ def latency(args):
         for name, size, times in zip(models, sizes, seconds, strict=True):
             ms, p10, p90 = (1e3 * times).quantile(torch.tensor([0.5, 0.1, 0.9]).double()).tolist()
             yield {"network": name, "prompt": length, "ms/token": ms, "p10": p10, "p90": p90,
-                   "of dense": (times / seconds[0]).quantile(0.5).item(), "GB/token": size / 1e9,
-                   "of dense GB": size / sizes[0], "of copy GB/s": size / (ms / 1e3) / bandwidth}
+                   "time/dense": (times / seconds[0]).quantile(0.5).item(), "GB/token": size / 1e9,
+                   "GB/dense": size / sizes[0], "bandwidth/copy": size / (ms / 1e3) / bandwidth}
 
 
 def decoder(model, prompt: Tensor, compiled: bool = False, calls: int = 0):
@@ -146,8 +146,9 @@ def bytes_read(model, batch_size: int = 1) -> int:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     idle = 0 if head is embedding else embedding.nbytes
     for module in [module for stage in stages(model) for module in stage.readers + stage.writers]:
-        if isinstance(module, slicegpt.Expert):  # of_all[0] has all of a layer; each token chooses some at random
-            idle += module.weight.nbytes * (1 - model.config.num_experts_per_tok / len(module.of_all[0])) ** batch_size
+        if isinstance(module, slicegpt.Expert):  # of_all[0] has all of the layer; tokens choose some, say at random
+            chosen_by_one = model.config.num_experts_per_tok / len(module.of_all[0])
+            idle += module.weight.nbytes * (1 - chosen_by_one) ** batch_size
     return round(sum(weight.nbytes for weight in model.parameters()) - idle)
 
 
@@ -157,7 +158,8 @@ def throughput(args):
     A token in the middle attends to as many others as one does on average. Batches grow until the speed drops, memory
     runs out ("-"), or to --max-batch-size. of best dense: the speed divided by that of the best dense batch.
     """
-    prompt_length, best_dense = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP), None
+    prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
+    best_dense = None
     for sparsity in (None, *args.sparsities):  # and not in turns, so that each network has the memory to itself
         model, best = build(args.shape, args.layers, args.dtype, args.device, sparsity), 0
         for batch in [2**power for power in range(args.max_batch_size.bit_length())]:
@@ -179,8 +181,8 @@ def throughput(args):
 def ops(args):
     """A.7: ms of the product with each matrix of a layer: dense, sliced, and 2:4 sparse ("-": torch has none here).
 
-    A sliced layer also multiplies by its shortcuts. With fewer than 64 tokens, a product is called 20 times in a row,
-    to wait less for a GPU. Even so, small layers measure Python's launches, and their weights may stay in a cache.
+    A sliced layer also multiplies by its shortcuts. Fewer than 64 tokens are multiplied 20 times in a row, as waiting
+    for a GPU takes time. Small layers measure how fast Python launches, and their weights may stay in a cache.
     """
     dense, sliced = (build(args.shape, 1, args.dtype, args.device, sparsity) for sparsity in (None, args.sparsity))
     if "experts" in slicegpt.architecture(dense.config).ffn.W_in:
@@ -199,7 +201,7 @@ def ops(args):
             measured.append(dict(zip(works, (1e3 * seconds).tolist())))
             yield row_of(operation, tokens, measured[-1])
         kinds = ["dense", "sliced"]
-        if all("2:4" in ms for ms in measured if "dense" in ms):  # else it were a sum of only some
+        if all("2:4" in ms for ms in measured if "dense" in ms):  # or it would be a sum of only some
             kinds.append("2:4")
         yield row_of("all", tokens, {kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
 
@@ -234,7 +236,7 @@ def cost(args):
             model(batch.to(args.device), use_cache=False)
 
     if args.finetune:
-        slicegpt.optional("peft")  # raises before the work, if it is not installed
+        slicegpt.optional("peft")  # raises now, rather than after slicing
     for shape, samples in itertools.product(args.shapes, args.samples):
         tokens, tokens_of_rft = (torch.randint(10, 1000, (number, args.seqlen)) for number in (samples, args.finetune))
         row = {"shape": shape, "samples": samples, "tokens": tokens.numel()}
@@ -243,7 +245,7 @@ def cost(args):
             model = build(shape, args.layers, args.dtype, args.device)
             works = {"forward": partial(forward, model, tokens),
                      "slicing": partial(slice_model, model, tokens, args.sparsity, batch_size=args.batch_size)}
-            if args.finetune:  # last, as what is fine-tuned is sliced
+            if args.finetune:  # of the sliced model
                 works["RFT"] = partial(torch.enable_grad()(slicegpt.finetune), model, tokens_of_rft)
             for name, work in works.items():
                 if args.device.type == "cuda":
@@ -279,7 +281,7 @@ TABLE_1 = {  # the paper's perplexities: dense, SparseGPT 2:4, SliceGPT 10%, 20%
 def table1(args):
     """Table 1: perplexity of --models (or --model), known by the names of their directories; beside it the paper's.
 
-    The paper's figure is shown only beside its settings (--samples 1024, sequences of 2048, all other defaults).
+    The paper's figure is shown only beside its settings: --samples 1024, sequences of 2048, and all other defaults.
     """
     methods = {"dense": (0, None), "SparseGPT 2:4": (None, sparsegpt)} | {  # in the order of TABLE_1
         f"SliceGPT {share:.0%}": (share, partial(slice_model, sparsity=share)) for share in (0.1, 0.2, 0.25, 0.3)}
@@ -340,11 +342,13 @@ def spectrum(args):
             yield {"layer": stage.number} | kept | {"eigenvalues": (eigenvalues / eigenvalues[0]).tolist()}
 
 
-def draw_spectrum(rows: list[dict], panel):
+def draw_spectrum(rows: list[dict], figure):
     """Figure 8: the eigenvalues on a log scale, a line for each layer, from dark to light."""
+    panel = figure.subplots()
     for row in rows:
         panel.plot(row["eigenvalues"], color=(0, row["layer"] / len(rows), 0.5), label=f"layer {row['layer']}")
     panel.set(xlabel="direction", ylabel="eigenvalue / the largest", yscale="log", ylim=(1e-6, 2))  # less is rounding
+    panel.legend(fontsize="x-small", ncols=1 + len(rows) // 12)
 
 
 def quality(args):
@@ -354,7 +358,7 @@ def quality(args):
     block          a network for each of --sparsities
     shared         one for each of --params, or of --sparsities if there are no --params
     .., learned    its Q is improved by --learn steps of descent
-    .., tied       embedding and head stay one matrix, if they were one
+    .., tied       embedding and head stay one matrix, if they were one; or else the head is "sliced"
     ms/token       as in `latency`, after up to 128 tokens
     Q8_0 ..        with weights rounded to one of --formats, which are llama.cpp's; most of them need --round-to 32
     """
@@ -372,9 +376,9 @@ def quality(args):
         left = parameters(network) - zeros
         saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1], "parameters": left,
-               "of dense parameters": left / parameters(model), "GB/token": (bytes_read(network) - saved) / 1e9,
+               "parameters/dense": left / parameters(model), "GB/token": (bytes_read(network) - saved) / 1e9,
                "ms/token": 1e3 * seconds[-1].quantile(0.5).item(),
-               "of dense": (seconds[-1] / seconds[0]).quantile(0.5).item()}
+               "time/dense": (seconds[-1] / seconds[0]).quantile(0.5).item()}
         row |= slicegpt.perplexities(network, inputs)
         if not zeros:
             for name in args.formats:
@@ -390,11 +394,13 @@ def quality(args):
 
 def networks_to_compare(args, model, calibration: Tensor, where: dict):
     """(method, network, its number of pruned weights), one by one, for `quality`. Bad sizes raise before the first."""
-    config, tied = model.config, model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    heads = ["sliced", "tied"] if tied else ["sliced"]
-    by_sparsity = [sliced_dimension(config.hidden_size, sparsity, args.round_to) for sparsity in args.sparsities]
-    by_params = [(head, dimension_for(config, share, args.round_to, "shared", head))  # a tied one leaves room for more
-                 for head in heads for share in args.params]
+    config, shared = model.config, []  # (head, d) of the networks with one Q
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for head in ["sliced", "tied"] if tied else ["sliced"]:
+        if args.params:  # of so many, a tied head leaves more for d
+            shared += [(head, dimension_for(config, share, args.round_to, "shared", head)) for share in args.params]
+        else:
+            shared += [(head, sliced_dimension(config.hidden_size, share, args.round_to)) for share in args.sparsities]
     yield "dense", model, 0
     network = copy.deepcopy(model)
     yield "SparseGPT 2:4", network, sparsegpt(network, calibration, **where)
@@ -405,12 +411,12 @@ def networks_to_compare(args, model, calibration: Tensor, where: dict):
     fused = copy.deepcopy(model)
     Q = slicegpt.shared_rotation(fused, calibration, **where)
     learn = torch.enable_grad()(slicegpt.learn_rotation)
-    learned = cache(lambda d: learn(fused, calibration, Q[:, :d], args.learn, seed=args.seed))  # tied or not, the same
-    for head, d in by_params or itertools.product(heads, by_sparsity):
-        columns, suffix = slicegpt.columns_to_keep(config, d, head), ", tied" if head == "tied" else ""
-        yield f"shared{suffix}", sliced_by(Q[:, :columns], fused, calibration, head), 0
+    learned = cache(lambda columns: learn(fused, calibration, Q[:, :columns], args.learn, seed=args.seed))
+    for head, d in shared:
+        columns = slicegpt.columns_to_keep(config, d, head)  # d, or one less, if `standard` adds one
+        yield f"shared, {head}", sliced_by(Q[:, :columns], fused, calibration, head), 0
         if args.learn:
-            yield f"shared, learned{suffix}", sliced_by(learned(columns), fused, calibration, head), 0
+            yield f"shared, learned, {head}", sliced_by(learned(columns), fused, calibration, head), 0
 
 
 def sliced_by(Q: Tensor, fused, calibration: Tensor, head: str):
@@ -423,7 +429,7 @@ def sliced_by(Q: Tensor, fused, calibration: Tensor, head: str):
 
 
 def random_rotation(d: int, device) -> Tensor:
-    """(d, d): it changes nothing but the rounding (Theorem 1), by which weights of similar size lose less."""
+    """(d, d). It changes nothing (Theorem 1) but what rounding does: weights of similar size lose less by that."""
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=device)).Q
 
 
@@ -434,14 +440,6 @@ def rounded(W: Tensor, name: str) -> tuple[Tensor, float]:
         number = gguf.GGMLQuantizationType[name]
         stored = gguf.quants.quantize(W.detach().float().cpu().numpy(), number)
         return torch.from_numpy(gguf.quants.dequantize(stored, number)), stored.nbytes / W.numel()
-
-
-def draw_quality(rows: list[dict], panel):
-    """Perplexity over parameters, a curve for each method."""
-    for method in dict.fromkeys(row["method"] for row in rows):
-        points = sorted((row["parameters"], row["perplexity"]) for row in rows if row["method"] == method)
-        panel.plot(*zip(*points), marker="o", label=method)
-    panel.set(xlabel="parameters", ylabel="perplexity", yscale="log")
 
 
 # ---- SparseGPT 2:4, which the paper compares with -------------------------------------------------------------------
@@ -469,7 +467,7 @@ def sparsegpt(model, calibration: Tensor, batch_size: int, device) -> int:
         for linear in linears:
             slicegpt.set_matrix(linear, prune(slicegpt.matrix(linear), H.pop(linear)))  # the bias stays
             zeros += linear.weight.numel() // 2
-        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # on a device it is a copy
+        slicegpt.layers(model)[stage.number].load_state_dict(stage.layer.state_dict())  # a copy, if it visits a device
     return zeros
 
 
@@ -506,7 +504,6 @@ def main(argv=None) -> int:
     natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
     options = {  # of more than one command
         "--json": dict(type=Path, metavar="FILE", help="write the rows here, as they are measured"),  # this of all
-        "--plot": dict(type=Path, metavar="FILE.png", help="draw the rows here (needs matplotlib)"),
         "--device": dict(help="default: cuda, if there is one"),
         "--dtype": dict(choices="float64 float32 float16 bfloat16".split(), help="default: float32; on a GPU float16"),
         "--shape": dict(choices=SHAPES, default="opt-125m", help="the network (default: opt-125m)"),
@@ -546,8 +543,9 @@ def main(argv=None) -> int:
     add("--tasks", default="piqa,winogrande,hellaswag,arc_easy,arc_challenge", help="default: the paper's five")
     add("--tasks-path", metavar="DIR", help="more tasks, as YAML files")
     add("--limit", type=natural, default=0, help="questions of each task (default: 0, which is all)")
-    slicegpt.add_inputs(command(spectrum, "--plot"))
-    slicegpt.add_inputs(add := command(quality, "--plot"))
+    slicegpt.add_inputs(add := command(spectrum))
+    add("--plot", type=Path, metavar="FILE.png", help="draw Figure 8 here (needs matplotlib)")
+    slicegpt.add_inputs(add := command(quality))
     add("--sparsities", type=share, nargs="+", default=[0.1, 0.2, 0.3], help="shares to delete (default: 0.1 0.2 0.3)")
     add("--params", type=float, nargs="+", default=[], help="shares of parameters to keep, by one Q for all")
     add("--round-to", type=positive, default=8, help="dimensions are multiples of this (default: 8)")
@@ -558,11 +556,11 @@ def main(argv=None) -> int:
 
 
 def run(args):
-    """Runs a command: prints and writes each row as soon as it is measured, and in the end draws them all."""
+    """Runs a command: prints and writes each row as soon as it is measured; draws Figure 8, if asked."""
     for path in filter(None, (args.json, args.plot)):
         with slicegpt.failing(f"cannot write {path}"):
-            open(path, "a").close()  # fails now, rather than after the work, as does the next import
-    panel = slicegpt.optional("matplotlib.figure").Figure(layout="tight").subplots() if args.plot else None
+            open(path, "a").close()  # fails now, rather than after the work, as does the next line
+    plot = args.plot and slicegpt.optional("matplotlib.figure").Figure(layout="tight")
     args.device = slicegpt.find_device(args.device)
     if args.dtype is None and "model" not in args:  # of a model, `read_model` finds it
         args.dtype = "float32" if args.device.type == "cpu" else "float16"
@@ -573,25 +571,28 @@ def run(args):
             rows.append(row)
             show(args, rows)
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    if panel:
-        (draw_spectrum if args.command is spectrum else draw_quality)(rows, panel)
-        panel.legend(fontsize="x-small", ncols=1 + len(panel.lines) // 12)
-        panel.figure.savefig(args.plot, format="png")
+                args.json.write_text(json.dumps(about(args) | {"rows": rows}, indent=2, default=str) + "\n")
+    if plot:
+        draw_spectrum(rows, plot)
+        plot.savefig(args.plot, format="png")
+
+
+def about(args) -> dict:
+    """What was run, and where."""
+    on = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "json", "plot")}
+    return {"command": args.command.__name__, "options": options, "on": on, "torch": torch.__version__,
+            "transformers": transformers.__version__}
 
 
 def show(args, rows: list[dict]):
-    """Prints the last row; in front of the first, what was run, and where, and the names of the columns."""
+    """Prints the last row; in front of the first, what it is about, and the names of the columns."""
     row = {key: f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else value
            for key, value in rows[-1].items()}
     columns = {key: "<21" if isinstance(value, str) else f">{max(9, len(key))}"  # words stand left, and numbers right
                for key, value in rows[0].items() if not isinstance(value, list)}
     if len(rows) == 1:
-        options = ", ".join(f"{name} {value}" for name, value in vars(args).items()
-                            if name not in ("command", "json", "plot") and value not in (None, []))
-        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
-        print(f"{args.command.__name__}: {options}")
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {device}")
+        print(*(f"{name}: {value}" for name, value in about(args).items()), sep="\n")
         print(*map(format, columns, columns.values()), sep="  ")
     print(*(format(row.get(key) or "-", column) for key, column in columns.items()), sep="  ", flush=True)
 

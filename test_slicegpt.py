@@ -2030,7 +2030,9 @@ def test_smollm2_is_sliced_by_nothing_at_little_cost_in_a_narrow_type(dtype):
 
 # ---- bench.py -------------------------------------------------------------------------------------------------------
 
-benchmark = partial(results, program=bench.main, flag="--json")
+def benchmark(*arguments):
+    """The rows of a command that ends well."""
+    return results(*arguments, program=bench.main, flag="--json")[1]["rows"]
 
 
 @pytest.fixture
@@ -2044,10 +2046,10 @@ def shape(monkeypatch):
 
 def test_latency_is_that_of_networks_which_read_as_much_less_as_is_sliced(shape):
     """By one rotation, all matrices of a Llama lose a quarter; by one for each block, it gets shortcuts, too."""
-    _, rows = benchmark("latency", *shape, "--prompt-lengths", 4, "--tokens", 5, "--layers", 2)
+    rows = benchmark("latency", *shape, "--prompt-lengths", 4, "--tokens", 5, "--layers", 2)
     assert [row["network"] for row in rows] == ["dense", "block 25%", "shared 25%"]
-    dense, block, shared = (row["of dense GB"] for row in rows)
-    assert shared == 0.75 < block < dense == 1 == rows[0]["of dense"]
+    dense, block, shared = (row["GB/dense"] for row in rows)
+    assert shared == 0.75 < block < dense == 1 == rows[0]["time/dense"]
 
 
 @pytest.mark.parametrize("arguments, rows, column", [
@@ -2056,7 +2058,7 @@ def test_latency_is_that_of_networks_which_read_as_much_less_as_is_sliced(shape)
     pytest.param("cost --samples 2 --seqlen 16 --finetune 1", 1, "RFT s", marks=needs("peft"))])
 def test_speed_is_measured_of_tiny_networks(shape, arguments, rows, column):
     command, *flags = arguments.split()
-    _, found = benchmark(command, "--shapes" if command == "cost" else "--shape", "tiny", *flags)
+    found = benchmark(command, "--shapes" if command == "cost" else "--shape", "tiny", *flags)
     assert len(found) == rows and all(row[column] > 0 for row in found)
 
 
@@ -2093,7 +2095,7 @@ def test_sparsegpt_prunes_what_attention_reads_after_the_pruned_layers(model, se
 
 
 def test_table_1_has_a_row_for_each_method_and_the_papers_figures_only_beside_its_settings(tiny):
-    _, rows = benchmark("table1", *on(tiny), "--models", tiny / "model", tiny / "tied")
+    rows = benchmark("table1", *on(tiny), "--models", tiny / "model", tiny / "tied")
     dense, evaluation, calibration = inputs_of(tiny, "model")
     bench.sparsegpt(sparse := copy.deepcopy(dense), calibration, 8, "cpu")
     sliced = slice_model(copy.deepcopy(dense), calibration, 0.3)
@@ -2110,7 +2112,7 @@ def test_tasks_are_scored_for_the_dense_and_the_sliced_network_with_standard_err
         "task": "letters", "dataset_path": "json", "dataset_kwargs": {"data_files": {
             "test": str(tmp_path / "letters.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
         "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer"}))
-    _, rows = benchmark("tasks", *on(tiny), "--tasks-path", tmp_path, "--sparsity", 0.5, "--tasks", "letters")
+    rows = benchmark("tasks", *on(tiny), "--tasks-path", tmp_path, "--sparsity", 0.5, "--tasks", "letters")
     assert [row["task"] for row in rows] == ["letters", "average"] * 2
     for row in rows[::2]:
         variance = row["accuracy"] * (1 - row["accuracy"]) / (len(questions) - 1)
@@ -2121,7 +2123,7 @@ def test_tasks_are_scored_for_the_dense_and_the_sliced_network_with_standard_err
 def test_the_spectrum_is_that_of_what_the_ffns_read_divided_by_the_largest(tiny, tmp_path):
     """(1e-4: the program computes in float32.)"""
     plot = ["--plot", tmp_path / "spectrum.png"] if importlib.util.find_spec("matplotlib") else []
-    _, rows = benchmark("spectrum", *on(tiny), *plot)
+    rows = benchmark("spectrum", *on(tiny), *plot)
     dense, _, calibration = inputs_of(tiny, "model")
     fuse(dense)
     eigenvalues = pca(covariance(RMSNorm(16, 1e-6)(signals(dense, calibration)[1])))[0]
@@ -2132,12 +2134,12 @@ def test_the_spectrum_is_that_of_what_the_ffns_read_divided_by_the_largest(tiny,
 
 def test_quality_has_a_row_for_each_method_and_size_and_counts_what_2_4_keeps(tiny):
     texts = ["--calibration", tiny / "text", "own", "--samples", 8, "--eval", tiny / "text", tiny / "other"]
-    _, rows = benchmark("quality", *on(tiny, "tied"), *texts, "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
-    methods = ["block", "shared", "shared, learned", "shared, tied", "shared, learned, tied"]
+    rows = benchmark("quality", *on(tiny, "tied"), *texts, "--round-to", 2, "--sparsities", 0.25, 0.5, "--learn", 2)
+    methods = ["block", *(f"shared, {way}" for way in ("sliced", "learned, sliced", "tied", "learned, tied"))]
     assert {(row["method"], row["dimension"]) for row in rows} == {
         ("dense", 16), ("SparseGPT 2:4", 16), *itertools.product(methods, (12, 8))}
     dense, tokens, calibration = inputs_of(tiny, "tied")
-    assert math.isclose(rows[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-4) and rows[0]["of dense"] == 1
+    assert math.isclose(rows[0]["perplexity"], perplexity(dense, tokens), rel_tol=1e-4) and rows[0]["time/dense"] == 1
     pruned = 2 * bench.sparsegpt(dense, calibration, 8, "cpu")
     assert rows[1]["parameters"] == parameters(dense) - pruned // 2  # 68 bits of 128 are kept: two weights and 4 bits
     assert math.isclose(rows[1]["GB/token"], (bench.bytes_read(dense) - pruned * 4 * (1 - 68 / 128)) / 1e9)
@@ -2154,5 +2156,5 @@ def test_weights_are_rounded_to_blocks_of_32():
 def test_what_has_been_measured_is_printed_and_written_whatever_ends_it(tiny, tmp_path, monkeypatch):
     interrupt(slicegpt, "perplexity", 2, KeyboardInterrupt(), monkeypatch.setattr)
     code, out, _ = command("table1", *on(tiny), "--json", tmp_path / "json", program=bench.main)
-    [row] = json.loads((tmp_path / "json").read_text())
+    [row] = json.loads((tmp_path / "json").read_text())["rows"]
     assert code == 130 and f"{row['perplexity']:.3f}" in out
