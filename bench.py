@@ -359,7 +359,6 @@ def quality(args):
     shared         one for each of --params, or of --sparsities if there are no --params
     .., learned    its Q is improved by --learn steps of descent
     .., tied       embedding and head stay one matrix, if they were one; or else the head is "sliced"
-    ms/token       as in `latency`, after up to 128 tokens
     Q8_0 ..        with weights rounded to one of --formats, which are llama.cpp's; most of them need --round-to 32
     """
     model, inputs, where = read_model(args)
