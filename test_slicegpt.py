@@ -994,12 +994,19 @@ def test_a_models_own_text_begins_with_the_token_that_separates_texts_or_begins_
     assert own_text(tiny_network(), tokenizer, 2, 3)[:, 0].tolist() == [30, 30]
 
 
-def test_steps_of_training_grow_for_three_tenths_of_them_and_then_shrink():
-    """With a gradient that is always the same, AdamW's steps are the learning rate (0.001 here)."""
+def test_steps_of_training_grow_for_three_tenths_of_them_and_then_shrink_however_large_gradients_are():
+    """As they are clipped to a norm of 1, AdamW's steps are the learning rate, 0.001 here."""
     W, places = nn.Parameter(torch.zeros(1)), []
-    slicegpt.descend([W], range(10), lambda _: places.append(W.item()) or -W.sum(), 0.001, "training")
+    slicegpt.descend([W], range(10), lambda i: places.append(W.item()) or -10.0**i * W.sum(), 0.001, "training")
     steps = [1000 * (after - before) for before, after in zip(places, [*places[1:], W.item()])]
     assert steps == pytest.approx([1 / 3, 2 / 3, 1, 1, *(i / 7 for i in range(6, 0, -1))], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_only_16_bit_weights_are_trained_under_autocast_on_a_cpu(dtype):
+    W, found = nn.Parameter(torch.ones(1, dtype=dtype)), []
+    slicegpt.descend([W], [0], lambda _: found.append(torch.is_autocast_enabled("cpu")) or W.sum(), 1e-3, "training")
+    assert found == [dtype.itemsize == 2]
 
 
 @needs("peft")
