@@ -153,10 +153,9 @@ def bytes_read(model, batch_size: int = 1) -> int:
 
 
 def throughput(args):
-    """A.6: tokens per second in the middle of sequences of --seqlen, in batches of 1, 2, 4, ...
+    """A.6: tokens per second in the middle of sequences of --seqlen, where a token attends to the average number.
 
-    A token in the middle attends to as many others as one does on average. Batches grow until the speed drops, memory
-    runs out ("-"), or to --max-batch-size. of best dense: the speed divided by that of the best dense batch.
+    Batches of 1, 2, 4, ... until the speed drops, memory runs out ("-"), or --max-batch-size.
     """
     prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
     best_dense = None
@@ -200,10 +199,8 @@ def ops(args):
             seconds = in_turns(list(works.values()), args.repeat, args.device, operation, calls).quantile(0.5, dim=1)
             measured.append(dict(zip(works, (1e3 * seconds).tolist())))
             yield row_of(operation, tokens, measured[-1])
-        kinds = ["dense", "sliced"]
-        if all("2:4" in ms for ms in measured if "dense" in ms):  # or it would be a sum of only some
-            kinds.append("2:4")
-        yield row_of("all", tokens, {kind: sum(ms.get(kind, 0) for ms in measured) for kind in kinds})
+        whole = [kind for kind in measured[0] if all(kind in ms for ms in measured if "dense" in ms)]
+        yield row_of("all", tokens, {kind: sum(ms.get(kind, 0) for ms in measured) for kind in whole})
 
 
 def products(dense, sliced, tokens: int):
@@ -285,10 +282,11 @@ def table1(args):
     """
     methods = {"dense": (0, None), "SparseGPT 2:4": (None, sparsegpt)} | {  # in the order of TABLE_1
         f"SliceGPT {share:.0%}": (share, partial(slice_model, sparsity=share)) for share in (0.1, 0.2, 0.25, 0.3)}
+    given = {**vars(args)}
     for name in args.models or [args.model]:
-        own = argparse.Namespace(**vars(args) | {"model": name})  # a copy, as the defaults depend on the model
-        model, inputs, where = read_model(own)
-        settings = (own.calibration, own.samples, own.eval, own.eval_samples, own.seqlen)
+        vars(args).update(given, model=name)  # the other defaults, which are filled in now, depend on the model
+        model, inputs, where = read_model(args)
+        settings = (args.calibration, args.samples, args.eval, args.eval_samples, args.seqlen)
         as_in_paper = settings == (["wikitext2"], 1024, ["wikitext2"], None, 2048)
         published = TABLE_1.get(Path(name).name.lower().removesuffix("-hf")) if as_in_paper else None
         for (method, (sparsity, compress)), paper in zip(methods.items(), published or itertools.repeat(None)):
@@ -373,7 +371,7 @@ def quality(args):
         works = [decoder(each, prompt) for each in ([model] if network is model else [model, network])]
         seconds = in_turns(works, rounds, inputs.device, "decoding")
         left = parameters(network) - zeros
-        saved = zeros * (network.dtype.itemsize - 2 / 8)  # 2 bits for each weight that is kept say where it stands
+        saved = zeros * (network.dtype.itemsize - 2 / 8)  # as many are kept, and 2 bits for each say where it stands
         row = {"method": method, "dimension": network.get_input_embeddings().weight.shape[1], "parameters": left,
                "parameters/dense": left / parameters(model), "GB/token": (bytes_read(network) - saved) / 1e9,
                "ms/token": 1e3 * seconds[-1].quantile(0.5).item(),
@@ -408,11 +406,11 @@ def networks_to_compare(args, model, calibration: Tensor, where: dict):
         slicegpt.rotate(network, [random_rotation(d, model.device) for d in network.config.slicegpt["dimensions"]])
         yield "block", network, 0
     fused = copy.deepcopy(model)
-    Q = slicegpt.shared_rotation(fused, calibration, **where)
+    Q = slicegpt.shared_rotation(fused, calibration, **where)  # which fuses it
     learn = torch.enable_grad()(slicegpt.learn_rotation)
     learned = cache(lambda columns: learn(fused, calibration, Q[:, :columns], args.learn, seed=args.seed))
     for head, d in shared:
-        columns = slicegpt.columns_to_keep(config, d, head)  # d, or one less, if `standard` adds one
+        columns = slicegpt.columns_to_keep(config, d, head)  # d, or one less, if `standard` adds a dimension
         yield f"shared, {head}", sliced_by(Q[:, :columns], fused, calibration, head), 0
         if args.learn:
             yield f"shared, learned, {head}", sliced_by(learned(columns), fused, calibration, head), 0
@@ -502,19 +500,21 @@ def main(argv=None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", help="each has its --help")
     natural, positive, share = slicegpt.bounded(int, 0), slicegpt.bounded(int, 1), slicegpt.bounded(float, 0, 1)
     options = {  # of more than one command
-        "--json": dict(type=Path, metavar="FILE", help="write the rows here, as they are measured"),  # this of all
+        "--json": dict(type=Path, metavar="FILE", help="write the rows here, as they are measured"),  # of all
         "--device": dict(help="default: cuda, if there is one"),
         "--dtype": dict(choices="float64 float32 float16 bfloat16".split(), help="default: float32; on a GPU float16"),
         "--shape": dict(choices=SHAPES, default="opt-125m", help="the network (default: opt-125m)"),
         "--layers": dict(type=natural, default=0, help="give networks so many (default: 0, which is all)"),
         "--sparsity": dict(type=share, default=0.25, help="share of dimensions to delete (default: 0.25)")}
 
-    def command(function, *names):  # adds a command that has these options, and returns its add_argument
+    def command(function, *names, model=False):  # adds a command with these options, and returns its add_argument
         subparser = commands.add_parser(function.__name__, description=function.__doc__, allow_abbrev=False,
                                         formatter_class=argparse.RawDescriptionHelpFormatter)
         subparser.set_defaults(command=function, plot=None)
         for name in ("--json", *names):
             subparser.add_argument(name, **options[name])
+        if model:
+            slicegpt.add_inputs(subparser.add_argument)
         return subparser.add_argument
 
     add = command(latency, "--device", "--dtype", "--shape", "--layers", "--sparsity")
@@ -536,15 +536,15 @@ def main(argv=None) -> int:
     add("--seqlen", type=positive, default=512, help="tokens per sequence (default: 512)")
     add("--batch-size", type=positive, default=8, help="calibration sequences at a time (default: 8)")
     add("--finetune", type=natural, default=4, help="sequences of RFT, 0 for none (default: 4)")
-    slicegpt.add_inputs(add := command(table1))
+    add = command(table1, model=True)
     add("--models", nargs="+", default=[], help="several, instead of --model")
-    slicegpt.add_inputs(add := command(tasks, "--sparsity"))
+    add = command(tasks, "--sparsity", model=True)
     add("--tasks", default="piqa,winogrande,hellaswag,arc_easy,arc_challenge", help="default: the paper's five")
     add("--tasks-path", metavar="DIR", help="more tasks, as YAML files")
     add("--limit", type=natural, default=0, help="questions of each task (default: 0, which is all)")
-    slicegpt.add_inputs(add := command(spectrum))
+    add = command(spectrum, model=True)
     add("--plot", type=Path, metavar="FILE.png", help="draw Figure 8 here (needs matplotlib)")
-    slicegpt.add_inputs(add := command(quality))
+    add = command(quality, model=True)
     add("--sparsities", type=share, nargs="+", default=[0.1, 0.2, 0.3], help="shares to delete (default: 0.1 0.2 0.3)")
     add("--params", type=float, nargs="+", default=[], help="shares of parameters to keep, by one Q for all")
     add("--round-to", type=positive, default=8, help="dimensions are multiples of this (default: 8)")
