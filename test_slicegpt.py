@@ -406,7 +406,7 @@ def test_figure_3_M_moves_into_all_that_writes_the_signal_if_the_norms_subtract_
 # Eq. 3 to 7 are the case that all Qs are equal.
 
 def rotations(model, seed: int):
-    """A random Q (d, d) for each signal of a fused model: before and after every stage. (d = D, if it is not sliced.)"""
+    """A random Q (d, d) for each signal of a fused model, one more than stages. (d = D, if nothing is sliced.)"""
     return [random_rotation(d, seed + i) for i, d in enumerate(model.config.slicegpt["dimensions"])]
 
 
