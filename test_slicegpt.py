@@ -155,14 +155,15 @@ def test_equation_9_the_reconstruction_is_the_best_of_its_rank(d_and_D, seed):
     d, D = d_and_D
     X = random_matrix(seed, 30, D) @ random_matrix(seed + 1, D, D)  # whose columns are correlated
     _, Q = pca(covariance(X))
-    Z = X @ Q[:, :d]
-    X_reconstructed = Z @ Q[:, :d].T
+    deletion = torch.eye(D, d).double()  # the paper's D; Q @ deletion is Q[:, :d]
+    Z = X @ Q @ deletion
+    X_reconstructed = Z @ deletion.T @ Q.T
     least = (torch.linalg.svdvals(X)[d:] ** 2).sum()
     assert (((X - X_reconstructed) ** 2).sum() - least).abs() < 1e-12 * (X**2).sum()
 
 
 @given(st.integers(2, 24), SEEDS)
-def test_after_equation_9_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
+def test_our_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
     """It still divides by the root of |x|^2 / D, not d."""
     d = D // 2
     norm, kept = RMSNorm(D, 1e-6), random_matrix(seed, 7, d)
@@ -285,7 +286,7 @@ def test_algorithm_1_up_to_its_head_is_what_hugging_faces_network_computes(model
     for stage in stages_with_masks:
         Z = stage(X)  # line 4
         X = X + Z  # line 5
-    assert_same(last_norm(model)(X), model.base_model(tokens).last_hidden_state)
+    assert_same(last_norm(model)(X), model.base_model(tokens).last_hidden_state)  # line 7 is Eq. 7's test
 
 
 # ---- 3.1 Computational invariance -----------------------------------------------------------------------------------
@@ -434,8 +435,8 @@ def test_figure_4_each_signal_is_rotated_by_its_own_Q_and_so_line_5_becomes_X_S_
     for stage in stages_with_masks:
         X = X @ stage.shortcut + stage(X)
         rotated.append(X)
-    for X_rotated, X, Q in zip(rotated, signals(fused, tokens), Qs, strict=True):
-        assert_same(X_rotated.flatten(0, 1), X @ Q)
+    for X, X_fused, Q in zip(rotated, signals(fused, tokens), Qs, strict=True):
+        assert_same(X.flatten(0, 1), X_fused @ Q)
 
 
 @every_structure(SEEDS)
@@ -480,14 +481,16 @@ def multiply(writer, P):
 
 
 def find_rotations_by_hand(model, tokens, dimensions, eq_8_of) -> list:
-    """(X, eigenvalues, Q) of every signal of a fused network, if so many dimensions of each are kept.
+    """Section 3.3 for a fused network, in which no weight is made smaller: (X, eigenvalues, Q) of every signal.
 
-    "We use the output of the transformed network to calculate the orthogonal matrices of the next layers." Here,
-    nothing is deleted for that. To delete the last D - d coordinates of X Q is to project X by P = Q[:, :d] Q[:, :d]^T,
-    in the old basis. So all that writes this signal is multiplied by P, and then the next signal is measured.
+    For each signal, in order:
+    1. X is what the network now computes ("we use the output of the transformed network to calculate ..").
+    2. Q is of Eq. 8, eq_8_of the norm's "input", as in the authors' code, or of its "output", as in the text.
+    3. All that writes this signal (W_embd; or W_out, b_out and the shortcut) is multiplied by P = Q[:, :d] Q[:, :d]^T,
+       which projects it onto the d dimensions that are kept: Eq. 9, in the old basis.
     """
     norm, identity = last_norm(model), torch.eye(model.config.hidden_size).double()  # fused, all norms are the same
-    rotate(model, [identity for _ in stages(model)] + [identity])  # for shortcuts: they write signals, too
+    rotate(model, [identity for _ in stages(model)] + [identity])  # makes shortcuts, all of them I
     found = []
     for i, d in enumerate(dimensions):
         X = signals(model, tokens)[i]
@@ -507,9 +510,8 @@ def find_rotations_by_hand(model, tokens, dimensions, eq_8_of) -> list:
 
 @every_family(st.sampled_from([0.25, 0.5]), st.sampled_from(["input", "output"]), SEEDS)
 def test_section_3_3_each_Q_comes_from_the_output_of_the_blocks_already_sliced(model, sparsity, eq_8_of, seed):
-    """eq_8_of: the norm's input, as in the authors' code (and the other tests here), or its output, as in the text.
+    """As the signs of eigenvectors are free, what is compared are Gram matrices, in which bases cancel, and logits.
 
-    As the signs of eigenvectors are free, what is compared are Gram matrices, in which bases cancel, and logits.
     (1e-7: eigenvectors of small eigenvalues are less exact.)
     """
     tokens, batch = calibration_tokens(seed), padded(random_tokens(2, 9, seed), 3)
