@@ -155,7 +155,7 @@ def bytes_read(model, batch_size: int = 1) -> int:
 def throughput(args):
     """A.6: tokens per second in the middle of sequences of --seqlen, where a token attends to the average number.
 
-    Batches of 1, 2, 4, ... until the speed drops, memory runs out ("-"), or --max-batch-size.
+    Batches of 1, 2, 4, ... until the speed drops, memory runs out (in the middle: "-"), or --max-batch-size.
     """
     prompt_length = max(1, (args.seqlen - args.tokens) // 2 - WARM_UP)
     best_dense = None
@@ -172,8 +172,7 @@ def throughput(args):
             if speed is None or speed < best:
                 break
             best = speed
-        if sparsity is None:
-            best_dense = best
+        best_dense = best if sparsity is None else best_dense
         del model  # before the next is built
 
 
@@ -278,7 +277,8 @@ TABLE_1 = {  # the paper's perplexities: dense, SparseGPT 2:4, SliceGPT 10%, 20%
 def table1(args):
     """Table 1: perplexity of --models (or --model), known by the names of their directories; beside it the paper's.
 
-    The paper's figure is shown only beside its settings: --samples 1024, sequences of 2048, and all other defaults.
+    The paper's figure is shown only beside its settings: --samples 1024, sequences of 2048, other defaults (with the
+    head sliced, as in its text). In --json, the options are those of the last model.
     """
     methods = {"dense": (0, None), "SparseGPT 2:4": (None, sparsegpt)} | {  # in the order of TABLE_1
         f"SliceGPT {share:.0%}": (share, partial(slice_model, sparsity=share)) for share in (0.1, 0.2, 0.25, 0.3)}
@@ -317,9 +317,9 @@ def tasks(args):
             if found["group_subtasks"].get(name):
                 continue  # a group has a result, too
             metric = "acc_norm" if "acc_norm,none" in result else "acc"
-            accuracies.append(result[f"{metric},none"])
+            accuracies.append(result.get(f"{metric},none", float("nan")))  # some tasks have no accuracy
             yield {"network": network, "task": name, "metric": metric, "accuracy": accuracies[-1],
-                   "standard error": result[f"{metric}_stderr,none"]}
+                   "standard error": result.get(f"{metric}_stderr,none")}
         yield {"network": network, "task": "average", "accuracy": sum(accuracies) / len(accuracies)}
 
 
