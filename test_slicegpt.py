@@ -1092,10 +1092,18 @@ def test_a_learned_rotation_costs_the_output_less_and_nothing_else_changes(model
 
 def test_the_columns_of_a_rotation_learn_at_one_speed_but_those_with_large_gradients_at_less():
     """A small step of AdamW is as large for every entry of T, whose column is scaled; larger than the median: less."""
-    Q_0 = random_rotation(16, 0)[:, :8]
-    Q = learn_rotation(tiny_network(), calibration_tokens(0), Q_0, 1, learning_rate=1e-4)
+    model, Q_0 = tiny_network(), random_rotation(16, 0)[:, :8]
+    Q = learn_rotation(model, calibration_tokens(0), Q_0, 1, learning_rate=1e-4)
     moved = (Q - Q_0 @ (Q_0.T @ Q)).norm(dim=0)
     assert (moved > 0.99 * moved.max()).sum() in (4, 5) and moved.max() == pytest.approx(1e-4 * math.sqrt(8), rel=0.01)
+    assert isinstance(last_norm(model), RMSNorm)  # it was fused for that
+
+
+def test_the_rotation_whose_cost_a_step_measures_is_the_one_that_the_steps_before_it_learned():
+    arguments = tiny_network(), calibration_tokens(0), random_rotation(16, 0)[:, :8]
+    with patch("slicegpt.projected", wraps=projected) as costs:
+        learn_rotation(*arguments, steps=2)
+    assert_same(costs.call_args.args[1].detach(), learn_rotation(*arguments, steps=1))
 
 
 # families with LayerNorms whose standard class cannot be given a signal of mean 0
@@ -1486,8 +1494,8 @@ def test_what_looks_like_a_known_one_and_is_one_is_accepted_in_every_type(model,
 TOKENS, I = random_tokens(4, 8), torch.eye(16)
 
 
-def changed_network(change, *arguments):
-    model = tiny_network().float()
+def changed_network(change, *arguments, family="llama"):
+    model = tiny_network(family).float()
     change(model, *arguments)
     return model
 
@@ -1511,7 +1519,9 @@ def changed_network(change, *arguments):
     (tiny_network, standard, "a dense model is a standard one"),
     (tiny_network, lambda model: perplexity(model, TOKENS, batch_size=0), "batch_size must be at least 1, not 0"),
     (partial(tiny_network, "gpt2"), lambda model: slice_model(model, TOKENS, head="full"), "gpt2.* can have neither"),
-    (partial(tiny_network, "gpt2"), lambda model: rotate(copy.deepcopy(model), [I[:, :8]] * 4 + [I]), "gpt2.* can ha"),
+    (partial(changed_network, fuse, family="gpt2"), lambda model: rotate(model, [I[:, :8]] * 4 + [I]), "gpt2.* can ha"),
+    (partial(changed_network, fuse, family="gpt2"), lambda model: rotate(
+        copy.deepcopy(model), iter([I[:, :8]] * 4 + [I])), "gpt2.* can have neither"),
     (partial(changed_network, setattr, "peft_config", {}), lambda model: slice_model(model, TOKENS), "has adapters"),
     (partial(changed_network, lambda model: model.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan)), fuse,
      "cannot slice a llama like this: its weights are not finite"),
