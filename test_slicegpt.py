@@ -26,55 +26,28 @@ demo model, which is kept in the user's cache. What needs a package that is not 
     config.slicegpt the width of each signal of a fused model (`dimensions`), and whether it has `shortcuts`
 """
 import os
-from pathlib import Path
 
-HERE = Path(__file__).parent
-PROGRAM = str(HERE / "slicegpt.py")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # of new processes
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks on two threads wait for each other
 
 import copy
-import gc
-import gzip
-import importlib.util
-import io
-import itertools
-import json
 import math
-import re
-import runpy
-import shutil
-import signal
-import sys
-import tempfile
-import threading
-import time
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-import bench
 import slicegpt
-from slicegpt import (ARCHITECTURES, LLAMA, RMSNorm, SlicedForCausalLM, SliceGPTError, architecture, covariance,
-                      dimension_for, embed, embeddings, finetune, fuse, larger_than_memory, layers, learn_rotation,
-                      load, main, matrix, own_text, parameters, pca, perplexity, projected, read_text, rotate, save,
-                      set_matrix, shared_rotation, slice_model, sliced_dimension, stages, standard, submodules,
-                      tie_head, tokenize)
+from slicegpt import (ARCHITECTURES, RMSNorm, architecture, covariance, embed, embeddings, fuse, matrix, pca, rotate,
+                      set_matrix, slice_model, sliced_dimension, stages)
 
 settings.register_profile("paper", deadline=None, max_examples=25, database=None,
                           derandomize="CI" in os.environ,  # there the same examples each time, here always new ones
@@ -835,6 +808,41 @@ def double_precision():
             name = "_grouped_mm" if owner is torch else function.__name__
             patches.enter_context(patch.object(owner, name, function))
         yield
+
+
+# ---- Beyond the paper's claims: what only the rest of this file needs -----------------------------------------------
+
+import gc
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import re
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bench
+from slicegpt import (LLAMA, SlicedForCausalLM, SliceGPTError, dimension_for, finetune, larger_than_memory, layers,
+                      learn_rotation, load, main, own_text, parameters, perplexity, projected, read_text, save,
+                      shared_rotation, standard, submodules, tie_head, tokenize)
+
+HERE = Path(__file__).parent
+PROGRAM = str(HERE / "slicegpt.py")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # of new processes
 
 
 # ---- Small models, sliced in every way ------------------------------------------------------------------------------
