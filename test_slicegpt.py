@@ -138,7 +138,7 @@ def test_equation_9_the_reconstruction_is_the_best_of_its_rank(d_and_D, seed):
 
 @given(st.integers(2, 24), SEEDS)
 def test_our_rmsnorm_counts_deleted_dimensions_as_zeros(D, seed):
-    """It still divides by the root of |x|^2 / D, not d."""
+    """The paper's x / |x| knows no D. Ours divides by the root of |x|^2 / D, and not d, or slicing would rescale it."""
     d = D // 2
     norm, kept = RMSNorm(D, 1e-6), random_matrix(seed, 7, d)
     with_zeros = torch.cat([kept, torch.zeros(7, D - d).double()], 1)
@@ -299,7 +299,7 @@ def test_equations_5_and_6_every_W_out_and_b_out_is_multiplied_by_Q(model, seed)
     fused, Q = fuse_and_rotate(model, seed)
     for new, old in zip(writers(model), writers(fused), strict=True):
         assert_same(matrix(new), matrix(old) @ Q)
-        assert_same(bias(new), bias(old) @ Q)  # Eq. 6 has a column, Q^T b_out
+        assert_same(bias(new), bias(old) @ Q)  # the transpose of Eq. 6's Q^T b_out
 
 
 @every_structure(SEEDS)
@@ -381,7 +381,7 @@ def test_figure_3_M_moves_into_all_that_writes_the_signal_if_the_norms_subtract_
 # ---- 3.3 A transformation per block ---------------------------------------------------------------------------------
 #
 # `rotate` takes one matrix for all signals (Theorem 1), or one for each; it then makes shortcuts.
-# Eq. 3 to 7 are the case that all Qs are equal. What is tested of them is tested here of many.
+# The former is Eq. 3 to 7, above; the latter has the same equations with two Qs, before and after each stage.
 
 def rotations(model, seed: int):
     """A random Q (d, d) for each signal of a fused model, one more than stages. (d = D, if nothing is sliced.)"""
