@@ -1503,8 +1503,8 @@ check_row = slicegpt.check_row  # which `every_family` switches off
 
 @a_few(double=False)
 def test_what_looks_like_a_known_one_and_is_one_is_accepted_in_every_type_and_stays_as_it_was(model):
-    for kind in (model, *(mild(copy.deepcopy(model)).to(dtype) for dtype in (
-            torch.float64, torch.float32, torch.bfloat16, torch.float16))):
+    narrow = (mild(copy.deepcopy(model)).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    for kind in (model, *narrow):
         before = copy.deepcopy(kind.state_dict())
         check_row(kind)
         assert same_weights(kind, before) and not hasattr(kind.config, "slicegpt")
